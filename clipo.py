@@ -1,0 +1,997 @@
+"""CLIPO: Contrastive Learning in Policy Optimization (arXiv:2603.10101), in one file.
+
+GRPO asks of a rollout only whether its final answer is right. CLIPO also asks whether it *agrees with the
+other right answers to the same question*: sound solutions share structure, errors scatter. One step is
+
+    rollouts -> verifiable reward -> contrastive head -> contrastive reward -> advantages -> policy update
+
+and the sections below stand in that order. Everything in sections 1 to 5 is a function of tensors (and of a
+model, where one is named); all state lives in section 7.
+
+One letter means one thing throughout:
+    P prompts   G rollouts per prompt   B = P*G rollouts   T response tokens   S prompt + response tokens
+    V vocabulary   D model width   E embedding width   H key/value heads   A anchors
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from weakref import WeakSet
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# =====================================================================================================
+# 1. Rollouts: prefill once per prompt, then decode G samples of each, one token at a time, with a KV cache
+#
+#    y_t ~ pi( . | x, y_<t)            log pi(y_t | x, y_<t) and the hidden states are kept on the way:
+#    h = mean of the last layer's states over the response       (paper, trajectory embedding)
+# =====================================================================================================
+
+
+@dataclass
+class Rollouts:
+    """G sampled responses to each of P prompts, one response per row, B = P*G rows.
+
+    Rows of one prompt stand together: row b answers prompt b // G when `generate` made them.
+    """
+
+    tokens: Tensor  # (B, T) long, right-padded with an end-of-sequence id
+    mask: Tensor  # (B, T) bool, True up to and with the end-of-sequence token
+    logprobs: Tensor  # (B, T) float32, log-prob under the temperature-scaled policy, 0 where mask is False
+    hidden: Tensor  # (B, D) float32, mean last-layer state over the response tokens that were fed back
+    group: Tensor  # (B,) long, which prompt
+
+    def select(self, rows: Tensor) -> Rollouts:
+        """The given rows, (N,) long, cut to the longest response among them."""
+        longest = int(self.mask[rows].sum(-1).max())
+        return Rollouts(
+            self.tokens[rows, :longest],
+            self.mask[rows, :longest],
+            self.logprobs[rows, :longest],
+            self.hidden[rows],
+            self.group[rows],
+        )
+
+
+class KVCache:
+    """Keys and values of all layers, preallocated; the model takes it as `past_key_values`.
+
+    Slot s of a row holds the token at *position* s of that row. Rows of different length therefore sit in one
+    cache without padding between prompt and response, and the attention mask is one comparison: slot <= position.
+    """
+
+    def __init__(self, slots: int):
+        self.slots = slots  # longest prompt + longest response
+        self.layers: list[list[Tensor]] = []  # per layer [keys, values], each (rows, H, slots, head width)
+        self.used = 0  # no row has a token at this slot or beyond
+        self.positions: Tensor | None = None  # (rows or 1, Q): where the next forward pass writes
+
+    def begin(self, positions: Tensor, used: int) -> None:
+        """Announce a forward pass over tokens at `positions`, all below `used`."""
+        self.positions, self.used = positions, used
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
+        """Called by each attention layer: store (rows, H, Q, head width), return all that is in use."""
+        if layer_idx == len(self.layers):  # first pass: the model itself tells shape, dtype and device
+            self.layers.append([new.new_zeros(*new.shape[:2], self.slots, new.shape[3]) for new in (keys, values)])
+        row = torch.arange(len(keys), device=keys.device)[:, None]
+        for store, new in zip(self.layers[layer_idx], (keys, values), strict=True):
+            store[row, :, self.positions] = new.transpose(1, 2).to(store.dtype)  # (rows, Q, H, head width)
+        keys, values = self.layers[layer_idx]
+        return keys[:, :, : self.used], values[:, :, : self.used]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, (N,) long, in this order; a row named G times is copied G times."""
+        for layer in self.layers:
+            for i, store in enumerate(layer):
+                layer[i] = store.new_zeros(len(rows), *store.shape[1:])
+                layer[i][:, :, : self.used] = store[rows, :, : self.used]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Part of transformers' cache interface. (We always pass positions, so nothing depends on it.)"""
+        return self.used
+
+
+def attention_windows(config) -> dict[str, int | None]:
+    """How far back each kind of layer looks: {"full_attention": None} and / or {"sliding_attention": window}.
+
+    Raises NotImplementedError for layers that are no attention over a cache of keys and values.
+    """
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
+    known = {"full_attention": None, "sliding_attention": window}
+    if unknown := sorted(set(kinds) - set(known)):
+        raise NotImplementedError(
+            f"{config.model_type}: layers of kind {', '.join(unknown)} cannot be served by KVCache; "
+            f"use a model whose layers are all of: {', '.join(known)}"
+        )
+    return {kind: known[kind] for kind in known if kind in kinds}
+
+
+def attention_mask(positions: Tensor, slots: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """Additive mask for queries at `positions` over the first `slots` of a KVCache: 0 to look, -inf not to.
+
+    positions: (B, Q) long. Returns (B, 1, Q, slots).
+
+    >>> attention_mask(torch.tensor([[0], [2]]), slots=4, window=2, dtype=torch.float32)[:, 0, 0]
+    tensor([[0., -inf, -inf, -inf],
+            [-inf, 0., 0., -inf]])
+    """
+    slot = torch.arange(slots, device=positions.device)
+    look = slot <= positions[..., None]  # (B, Q) -> (B, Q, slots)
+    if window is not None:
+        look &= slot > positions[..., None] - window
+    mask = torch.zeros(look.shape, dtype=dtype, device=positions.device).masked_fill_(~look, -math.inf)
+    return mask[:, None]  # (B, Q, slots) -> (B, 1, Q, slots)
+
+
+def last_states(model, tokens: Tensor, positions: Tensor, cache: KVCache, used: int) -> Tensor:
+    """Run tokens (B, Q) at positions (B or 1, Q) through the model; last layer's states after the norm, (B, Q, D)."""
+    cache.begin(positions, used)
+    masks = {
+        kind: attention_mask(positions, used, window, model.dtype)
+        for kind, window in attention_windows(model.config).items()
+    }
+    output = model.base_model(
+        input_ids=tokens,
+        position_ids=positions.expand_as(tokens),
+        attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return output.last_hidden_state
+
+
+def output_logits(model, states: Tensor) -> Tensor:
+    """States (..., D) -> logits (..., V), through the model's own output layer."""
+    logits = model.get_output_embeddings()(states)
+    softcap = getattr(model.config, "final_logit_softcapping", None)  # Gemma
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def pad_right(sequences: Sequence[Sequence[int]], device) -> Tensor:
+    """Lists of token ids -> (rows, longest) long. The padding is never looked at: attention is causal."""
+    longest = max(map(len, sequences))
+    return torch.tensor([list(ids) + [0] * (longest - len(ids)) for ids in sequences], device=device)
+
+
+def prefill(model, prompts: Sequence[Sequence[int]], slots: int) -> KVCache:
+    """A cache of P rows that holds every prompt but for its last token, which the decode loop feeds."""
+    cache = KVCache(slots)
+    tokens = pad_right(prompts, model.device)[:, :-1]  # (P, longest - 1)
+    if not tokens.shape[1]:  # one-token prompts only: the mask hides this first slot until it is overwritten
+        tokens = pad_right(prompts, model.device)
+    positions = torch.arange(tokens.shape[1], device=model.device)[None]  # (1, Q): the same for all rows
+    last_states(model, tokens, positions, cache, used=tokens.shape[1])
+    return cache
+
+
+def sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """Draw one token per row by inverse CDF: the first token whose cumulated probability exceeds the uniform number.
+
+    logits (B, V), uniform (B,) in [0, 1). Returns tokens (B,) and their log-probs (B,) under the
+    temperature-scaled policy, before top-k and top-p cut it. temperature 0 takes the arg max (log-probs at 1).
+
+    >>> logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    >>> [sample(logits, torch.tensor([u]), 1.0, 0, 1.0)[0].item() for u in (0.0, 0.49, 0.51, 0.79, 0.81)]
+    [0, 0, 1, 1, 2]
+    """
+    logprobs = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        chosen = logprobs.argmax(-1)
+    else:
+        cdf = truncate(logprobs.exp(), top_k, top_p).cumsum(-1)  # (B, V)
+        total = cdf[:, -1]
+        # Strictly below the total, or rounding could pick a last token of probability 0.
+        threshold = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+        chosen = torch.searchsorted(cdf, threshold[:, None], right=True)[:, 0]
+    return chosen, logprobs.gather(-1, chosen[:, None])[:, 0]
+
+
+def truncate(probs: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Zero all but the k likeliest (0: all), then all beyond the likeliest whose sum reaches p: (B, V) -> (B, V).
+
+    >>> truncate(torch.tensor([[0.5, 0.3, 0.2]]), top_k=0, top_p=0.6)
+    tensor([[0.5000, 0.3000, 0.0000]])
+    """
+    if 0 < top_k < probs.shape[-1]:
+        probs = probs.masked_fill(probs < probs.topk(top_k).values[:, -1:], 0)
+    if top_p < 1:
+        likeliest, order = probs.sort(descending=True)
+        before = likeliest.cumsum(-1) - likeliest  # the sum of all that is likelier
+        likeliest = likeliest.masked_fill(before >= top_p * likeliest.sum(-1, keepdim=True), 0)
+        probs = torch.zeros_like(probs).scatter(-1, order, likeliest)
+    return probs
+
+
+@torch.no_grad()
+def generate(
+    model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    samples_per_prompt: int,
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int],
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Rollouts:
+    """Sample `samples_per_prompt` responses to each of P prompts (lists of token ids, any lengths).
+
+    temperature 0 is greedy. `generator` is a CPU generator: each rollout gets its own row of random numbers,
+    drawn before the first token, so that what others in the batch do cannot change it. Returns `Rollouts` with
+    T the length of the longest response.
+
+    Raises ValueError for arguments out of range, ValueError or NotImplementedError for a model that cannot be served.
+    """
+    stop = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id), device=model.device)
+    check_generate_arguments(prompts, samples_per_prompt, max_new_tokens, stop, temperature, top_k, top_p)
+    was_training = model.training
+    model.eval()  # no dropout in rollouts
+    check_model(model)
+
+    B, T, D = len(prompts) * samples_per_prompt, max_new_tokens, model.get_output_embeddings().in_features
+    group = torch.arange(len(prompts), device=model.device).repeat_interleave(samples_per_prompt)
+    uniform = torch.rand(B, T, generator=generator).to(model.device)
+    tokens = stop[0].repeat(B, T)
+    mask = torch.zeros(B, T, dtype=torch.bool, device=model.device)
+    logprobs = torch.zeros(B, T, device=model.device)
+    hidden = torch.zeros(B, D, device=model.device)
+
+    lengths = torch.tensor([len(p) for p in prompts], device=model.device)
+    longest = int(lengths.max())
+    cache = prefill(model, prompts, slots=longest + T)
+    cache.select(group)  # P rows -> B rows
+    token = torch.tensor([p[-1] for p in prompts], device=model.device)[group]  # (B,) the next to be fed
+    position = lengths[group] - 1  # (B,) its place in prompt + response
+    row = torch.arange(B, device=model.device)  # which rollout each row of the batch is
+    alive = torch.ones_like(row, dtype=torch.bool)  # not ended yet
+
+    for t in range(T):
+        state = last_states(model, token[:, None], position[:, None], cache, used=longest + t)[:, 0]  # (rows, D)
+        token, logprob = sample(output_logits(model, state), uniform[row, t], temperature, top_k, top_p)
+
+        live = row[alive]
+        tokens[live, t], logprobs[live, t], mask[live, t] = token[alive], logprob[alive], True
+        # The state at t = 0 belongs to the prompt's last token: it only serves a response of one token.
+        hidden[live] = state[alive].float() + (hidden[live] if t > 1 else 0)
+
+        alive &= ~torch.isin(token, stop)
+        position = position + 1
+        remaining = int(alive.sum())
+        if remaining == 0:
+            break
+        # Ended rows leave once they are a quarter of the batch: copying the cache each time costs more than it saves.
+        if remaining <= 0.75 * len(alive):
+            cache.select(alive.nonzero()[:, 0])
+            token, position, row, alive = token[alive], position[alive], row[alive], alive[alive]
+
+    model.train(was_training)
+    length = mask.sum(-1)  # (B,)
+    hidden /= (length - 1).clamp(min=1)[:, None]
+    T = int(length.max())
+    return Rollouts(tokens[:, :T], mask[:, :T], logprobs[:, :T], hidden, group)
+
+
+def check_generate_arguments(prompts, samples_per_prompt, max_new_tokens, stop, temperature, top_k, top_p) -> None:
+    """Raise ValueError with one line on the first argument of `generate` that is out of range."""
+    empty = [p for p, ids in enumerate(prompts) if not len(ids)]
+    for wrong, message in (
+        (not len(prompts), "prompts is empty; expected at least one list of token ids"),
+        (bool(empty), f"prompt {empty[0] if empty else ''} has no tokens; expected at least one"),
+        (samples_per_prompt < 1, f"samples_per_prompt is {samples_per_prompt}; expected 1 or more"),
+        (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}; expected 1 or more"),
+        (not len(stop), "eos_token_id is empty; expected the id (or ids) that ends a response"),
+        (not 0 <= temperature < math.inf, f"temperature is {temperature}; expected 0 (greedy) or a positive number"),
+        (top_k < 0, f"top_k is {top_k}; expected 0 (off) or more"),
+        (not 0 < top_p <= 1, f"top_p is {top_p}; expected a number in (0, 1]"),
+    ):
+        if wrong:
+            raise ValueError(message)
+
+
+checked_models: WeakSet = WeakSet()
+
+
+def check_model(model) -> None:
+    """Once per model: do prefill and decode with our cache give the logits of a plain forward pass? If not, ValueError.
+
+    Some architectures keep other state than keys and values, count positions in their own way or scale their
+    logits. Two prompts of different length and two decode steps tell, whatever the reason, before any rollout.
+    """
+    if model in checked_models:
+        return
+    vocabulary = model.get_input_embeddings().num_embeddings
+    sequences = [[i % vocabulary for i in ids] for ids in ([3, 1, 4, 1, 5], [9, 2, 6])]
+    with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        expected = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0] for ids in sequences]
+        try:
+            cache = prefill(model, [ids[:-1] for ids in sequences], slots=5)
+            for back in (2, 1):  # feed the last token but one, then the last
+                token = torch.tensor([[ids[-back]] for ids in sequences], device=model.device)
+                position = torch.tensor([[len(ids) - back] for ids in sequences], device=model.device)
+                got = output_logits(model, last_states(model, token, position, cache, used=6 - back))[:, 0]
+                error = max((g - e[-back]).abs().max().item() for g, e in zip(got, expected, strict=True))
+                scale = max(e.abs().max().item() for e in expected)
+                if not error <= (1e-3 if model.dtype == torch.float32 else 0.1) * scale:
+                    raise ValueError(f"its logits are off by {error:.2g} (largest logit {scale:.2g})")
+        except (ValueError, AttributeError, TypeError, RuntimeError, IndexError) as reason:
+            raise ValueError(
+                f"{type(model).__name__} cannot be served by KVCache: {reason}. Expected a decoder-only model "
+                "that takes position_ids, a 4-D attention_mask and past_key_values, as Qwen2 and Llama do"
+            ) from reason
+    checked_models.add(model)
+
+
+def response_logprobs(
+    model, prompts: Sequence[Sequence[int]], rollouts: Rollouts, *, temperature: float = 1.0
+) -> Tensor:
+    """Log-probs (B, T) of the response tokens from one full forward pass; differentiable; 0 where the mask is False.
+
+    prompts: P lists of token ids; row b continues prompts[rollouts.group[b]]. No mask is needed: the padding
+    stands right of everything and attention is causal.
+    """
+    lengths = rollouts.mask.sum(-1).tolist()
+    sequences = [
+        list(prompts[g]) + ids[:n]
+        for g, ids, n in zip(rollouts.group.tolist(), rollouts.tokens.tolist(), lengths, strict=True)
+    ]
+    tokens = pad_right(sequences, model.device)  # (B, S)
+    states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # (B, S, D)
+    row, t = rollouts.mask.nonzero(as_tuple=True)  # the N real response tokens
+    start = torch.tensor([len(prompts[g]) for g in rollouts.group.tolist()], device=model.device)
+    states = states[row, start[row] + t - 1]  # (B, S, D) -> (N, D): the state before each token predicts it
+    logits = output_logits(model, states).float() / temperature  # (N, V)
+    logprobs = -F.cross_entropy(logits, rollouts.tokens[row, t], reduction="none")  # (N,)
+    return torch.zeros_like(rollouts.logprobs).index_put((row, t), logprobs)  # (N,) -> (B, T)
+
+
+# =====================================================================================================
+# 2. The contrastive head:   z = normalise(W h)
+# =====================================================================================================
+
+
+class ContrastiveHead(nn.Module):
+    """Trajectory embeddings on the unit sphere: a bias-free linear map, or Linear-ReLU-Linear with `mlp=True`.
+
+    forward: (B, D) -> (B, E) unit vectors. (Paper, contrastive head; hidden width D as in the authors' code.)
+    """
+
+    def __init__(self, d_model: int, d_embed: int = 512, mlp: bool = False):
+        super().__init__()
+        first = [nn.Linear(d_model, d_model, bias=False), nn.ReLU()] if mlp else []
+        self.layers = nn.Sequential(*first, nn.Linear(d_model, d_embed, bias=False))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.normalize(self.layers(hidden), dim=-1)
+
+
+# =====================================================================================================
+# 3. Contrast within a group. Anchor i is correct, P its other correct rollouts, N its wrong ones, both not
+#    empty; s_ia = z_i . z_a / tau:
+#
+#    infonce      L_i = -s_ij + log sum_{a in P u N} exp(s_ia)          one j drawn from P     (paper)
+#    decoupled    L_i = 1/|P| sum_{j in P} log(1 + sum_{k in N} exp(s_ik - s_ij))              (ours)
+#
+#    reward       rc_i = max(-lambda L_i, floor)                                               (paper)
+# =====================================================================================================
+
+
+def group_rows(group: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the members of each group stand: index (P, G) long into the batch and valid (P, G) bool.
+
+    group: (B,) long, any labels in any order; G is the size of the largest group, smaller ones are padded.
+    With it all similarities within groups are one (P, G, G) product instead of a (B, B) one.
+
+    >>> group_rows(torch.tensor([7, 7, 2, 7]))
+    (tensor([[2, 0, 0],
+            [0, 1, 3]]), tensor([[ True, False, False],
+            [ True,  True,  True]]))
+    """
+    _, member, size = group.unique(return_inverse=True, return_counts=True)
+    order = member.argsort(stable=True)
+    place = torch.arange(len(group), device=group.device) - (size.cumsum(0) - size)[member[order]]
+    index = group.new_zeros(len(size), int(size.max()))
+    valid = torch.zeros_like(index, dtype=torch.bool)
+    index[member[order], place], valid[member[order], place] = order, True
+    return index, valid
+
+
+def group_mean(values: Tensor, group: Tensor) -> Tensor:
+    """The mean over each row's group, for every row: (B, ...) -> (B, ...).
+
+    >>> group_mean(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1]))
+    tensor([2., 2., 5.])
+    """
+    _, member, size = group.unique(return_inverse=True, return_counts=True)
+    total = values.new_zeros(len(size), *values.shape[1:]).index_add(0, member, values)
+    return (total / size.view(-1, *[1] * (values.ndim - 1)))[member]
+
+
+def infonce(similarity: Tensor, target: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    """-s_ij + log sum over all others of exp(s_ia), mean over targets. All arguments (A, G), result (A,).
+
+    Log-sum-exp over the allowed entries is exact; an epsilon inside the log is not (0.24 off for 16 random vectors).
+    """
+    others = similarity.masked_fill(~(positive | negative), -math.inf).logsumexp(-1)
+    return others - (similarity * target).sum(-1) / target.sum(-1)
+
+
+def decoupled(similarity: Tensor, target: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    """log(1 + sum over wrong ones of exp(s_ik - s_ij)), mean over targets. All arguments (A, G), result (A,).
+
+    No positive stands in another positive's denominator, so that perfect agreement gives 0, not log |P|.
+    """
+    wrong = similarity.masked_fill(~negative, -math.inf).logsumexp(-1, keepdim=True)  # (A, 1)
+    return (F.softplus(wrong - similarity) * target).sum(-1) / target.sum(-1)
+
+
+CONTRASTIVE_LOSSES: dict[str, Callable[..., Tensor]] = {"infonce": infonce, "decoupled": decoupled}
+SCOPES = ("group",)
+
+
+def known(name: str, given: str, names: Sequence[str]) -> None:
+    """Raise ValueError, listing the known names, if `given` is none of them."""
+    if given not in names:
+        raise ValueError(f"{name} is {given!r}; expected one of: {', '.join(names)}")
+
+
+def contrastive_loss(
+    z: Tensor,
+    correct: Tensor,
+    group: Tensor,
+    *,
+    kind: str = "infonce",
+    temperature: float = 0.05,
+    scope: str = "group",
+    positives: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The contrastive loss of every anchor: the formulas at the head of this section.
+
+    z (B, E) unit vectors, correct (B,) bool, group (B,) long. Returns loss (B,), 0 where there is no anchor, and
+    anchors (B,) bool: the correct rollouts whose group holds another correct one and a wrong one. `positives`
+    (B,) long names each anchor's positive by its row; without it "infonce" draws one with `generator` (a CPU
+    generator) and "decoupled" takes all. Raises ValueError for an unknown kind or scope, or a temperature <= 0.
+
+    Three rollouts at right angles, two of them correct; the chance level is log 2:
+    >>> loss, anchors = contrastive_loss(torch.eye(3), torch.tensor([True, True, False]), torch.zeros(3).long())
+    >>> loss, anchors
+    (tensor([0.6931, 0.6931, 0.0000]), tensor([ True,  True, False]))
+    """
+    known("contrastive kind", kind, list(CONTRASTIVE_LOSSES))
+    known("contrastive scope", scope, SCOPES)
+    if not temperature > 0:
+        raise ValueError(f"contrastive temperature is {temperature}; expected a positive number")
+    index, valid = group_rows(group)
+    right = correct[index] & valid  # (P, G)
+    another = ~torch.eye(index.shape[1], dtype=torch.bool, device=z.device)
+    positive = right[:, :, None] & right[:, None, :] & another  # (P, G, G): anchor, other
+    negative = right[:, :, None] & (~right & valid)[:, None, :]
+    anchor = positive.any(-1) & negative.any(-1)  # (P, G)
+
+    similarity = torch.einsum("pie,pae->pia", z[index], z[index])[anchor] / temperature  # (P, G, G) -> (A, G)
+    positive, negative = positive[anchor], negative[anchor]
+    if positives is not None:
+        members = index[:, None, :].expand(-1, index.shape[1], -1)[anchor]  # (A, G): rows of the anchor's group
+        target = (members == positives[index[anchor]][:, None]) & positive
+        if not target.any(-1).all():
+            raise ValueError("positives names a row that is not another correct rollout of the anchor's group")
+    elif kind == "infonce":
+        target = draw_one(positive, generator)
+    else:
+        target = positive
+
+    rows = index[anchor]  # (A,)
+    loss = CONTRASTIVE_LOSSES[kind](similarity, target, positive, negative)
+    anchors = torch.zeros_like(correct, dtype=torch.bool).index_fill(0, rows, True)
+    return z.new_zeros(len(z)).index_put((rows,), loss), anchors
+
+
+def draw_one(allowed: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One allowed entry per row, uniformly: (A, G) bool -> (A, G) bool with one True in each row."""
+    noise = torch.rand(allowed.shape, generator=generator).to(allowed.device)
+    return F.one_hot(noise.masked_fill(~allowed, -1).argmax(-1), allowed.shape[1]).bool()
+
+
+def chance_level(correct: Tensor, group: Tensor, *, kind: str = "infonce") -> Tensor:
+    """The loss (B,) of embeddings that tell nothing apart: log of how many stand in the softmax.
+
+    infonce: log(G - 1), everyone but the anchor. decoupled: log(1 + |N|), the positive and the wrong ones.
+
+    >>> chance_level(torch.tensor([True, True, False]), torch.zeros(3).long(), kind="decoupled").exp()
+    tensor([2., 2., 2.])
+    """
+    known("contrastive kind", kind, list(CONTRASTIVE_LOSSES))
+    size = group_size(group)
+    if kind == "infonce":
+        return (size - 1).clamp(min=1).log()
+    return (1 + group_mean((~correct).float(), group) * size).log()
+
+
+def contrastive_reward(
+    loss: Tensor,
+    anchors: Tensor,
+    *,
+    weight: float = 0.2,
+    floor: float = -0.5,
+    ceiling: float = math.inf,
+    chance: Tensor | float = 0.0,
+) -> Tensor:
+    """rc_i = clip(weight * (chance - L_i), floor, ceiling) for anchors, 0 for all others: (B,) -> (B,).
+
+    With chance = 0 and no ceiling this is the paper's max(-lambda L_i, floor). The loss is detached.
+
+    >>> contrastive_reward(torch.tensor([1.0, 4.0, 0.0]), torch.tensor([True, True, False]))
+    tensor([-0.2000, -0.5000,  0.0000])
+    """
+    reward = (weight * (chance - loss.detach())).clamp(floor, ceiling)
+    return torch.where(anchors, reward, torch.zeros_like(reward))
+
+
+# =====================================================================================================
+# 4. Group-relative advantage (GRPO, arXiv:2402.03300):   A_i = (R_i - mean R) / (std R + eps),  R = r + rc
+# =====================================================================================================
+
+
+def group_advantages(rewards: Tensor, group: Tensor, *, scale_by_std: bool = True, eps: float = 1e-6) -> Tensor:
+    """Rewards (B,) -> advantages (B,), each against its own group; the std with Bessel's correction.
+
+    `scale_by_std=False` gives Dr. GRPO's advantage (arXiv:2503.20783). A group of one has advantage 0.
+
+    >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0, 3.0]), torch.tensor([0, 0, 0, 1, 1]))
+    tensor([ 1.1547, -0.5773, -0.5773, -0.7071,  0.7071])
+    """
+    centred = rewards - group_mean(rewards, group)
+    return centred / (group_std(rewards, group) + eps) if scale_by_std else centred
+
+
+def group_std(values: Tensor, group: Tensor) -> Tensor:
+    """The standard deviation of each row's group, with Bessel's correction: (B,) -> (B,); 0 for a group of one.
+
+    >>> group_std(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1]))
+    tensor([1.4142, 1.4142, 0.0000])
+    """
+    size = group_size(group)
+    mean_square = group_mean((values - group_mean(values, group)).square(), group)
+    return (mean_square * size / (size - 1).clamp(min=1)).sqrt()
+
+
+def group_size(group: Tensor) -> Tensor:
+    """How many rows stand in each row's group: (B,) -> (B,) float."""
+    _, member, size = group.unique(return_inverse=True, return_counts=True)
+    return size[member].float()
+
+
+# =====================================================================================================
+# 5. Policy loss:   J = E[ min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) ] - beta E[k3],   rho = pi / pi_old
+# =====================================================================================================
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    kind: str = "grpo",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+) -> tuple[Tensor, dict[str, float]]:
+    """The clipped surrogate (PPO, arXiv:1707.06347), to be minimised: a mean over all response tokens.
+
+    logprobs, old_logprobs (B, T), advantages (B,), mask (B, T) bool. Returns the loss and
+    {"clip_fraction": share of tokens whose gradient the clip removed}. Raises ValueError for an unknown kind.
+
+    One token became 1.5 times as likely; a good one counts as 1.2 at most, a bad one in full:
+    >>> now, then, mask = torch.tensor([[1.5]]).log(), torch.zeros(1, 1), torch.tensor([[True]])
+    >>> [policy_loss(now, then, torch.tensor([A]), mask)[0].item() for A in (1.0, -1.0)]
+    [-1.2000000476837158, 1.5]
+    """
+    known("policy loss kind", kind, ["grpo"])
+    ratio = (logprobs - old_logprobs).exp()  # (B, T)
+    advantage = advantages[:, None]  # (B,) -> (B, 1): every token gets its rollout's
+    free = ratio * advantage
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
+    loss = -torch.minimum(free, clipped)[mask].mean()
+    return loss, {"clip_fraction": (clipped < free)[mask].float().mean().item()}
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Per-token estimate of KL(policy || reference) from the policy's samples: exp(q - p) - (q - p) - 1 >= 0.
+
+    logprobs p and ref_logprobs q, both (B, T), result (B, T). (Schulman's k3, as in GRPO.)
+
+    >>> kl_k3(torch.tensor([[0.5]]).log(), torch.tensor([[0.25]]).log())  # 0.5 + log 2 - 1
+    tensor([[0.1931]])
+    """
+    log_ratio = ref_logprobs - logprobs
+    return log_ratio.exp() - log_ratio - 1
+
+
+# =====================================================================================================
+# 6. Every hyperparameter
+# =====================================================================================================
+
+
+def setting(default, meaning: str, source: str, *, low=None, high=None, above=None, choices=None):
+    """A field of `CLIPOConfig`: its meaning, its source, its range (>= low, <= high, > above, or one of choices)."""
+    about = {"meaning": meaning, "source": source, "low": low, "high": high, "above": above, "choices": choices}
+    return field(default=default, metadata=about)
+
+
+# What each track sets differently from the defaults of CLIPOConfig. "math" is the paper's second track.
+TRACKS: dict[str, dict] = {
+    "gsm8k": {},
+    "math": dict(
+        steps=580, prompts_per_step=128, mini_batch_prompts=128, max_new_tokens=4096, d_embed=2048, head_warmup_steps=58
+    ),
+    "toy": dict(
+        steps=60, prompts_per_step=16, mini_batch_prompts=16, max_prompt_tokens=128, max_new_tokens=24,
+        lr=1e-4, lr_warmup_steps=5, beta=0.0, head_warmup_steps=10,
+    ),
+}  # fmt: skip
+
+# The paper's constants leave the reward of nearly every anchor on its floor where groups are mostly correct. This
+# form says something there: embeddings without what the group shares, and a reward measured from chance.
+INFORMATIVE = dict(
+    center_hidden=True, contrastive_kind="decoupled", contrastive_temperature=0.5, reward_from_chance=True,
+    weight=1.0, reward_floor=-0.9, reward_ceiling=1.0, head_steps=4,
+)  # fmt: skip
+
+
+@dataclass
+class CLIPOConfig:
+    """Every hyperparameter; the defaults are the paper's for GSM8K. Raises ValueError for a value out of range."""
+
+    steps: int = setting(84, "training steps, head warm-up included", "paper: 6 epochs of 14", low=0)
+    prompts_per_step: int = setting(512, "prompts in a step", "paper", low=1)
+    mini_batch_prompts: int = setting(256, "prompts in one policy update at most", "paper", low=1)
+    samples_per_prompt: int = setting(16, "rollouts of one prompt, the group size G", "paper", low=2)
+    max_prompt_tokens: int = setting(512, "longer prompts are dropped", "paper", low=1)
+    max_new_tokens: int = setting(2048, "tokens of a rollout at most", "paper", low=1)
+    temperature: float = setting(1.0, "sampling temperature of rollouts", "paper", above=0)
+
+    lr: float = setting(1e-6, "policy learning rate (AdamW)", "paper", low=0)
+    lr_warmup_steps: int = setting(0, "policy steps over which lr rises linearly", "authors' code", low=0)
+    weight_decay: float = setting(0.01, "policy weight decay", "verl's default", low=0)
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", "authors' code", above=0)
+    policy_loss: str = setting("grpo", "policy loss", "paper", choices=["grpo"])
+    clip_low: float = setting(0.2, "the ratio is clipped below 1 - this", "paper", low=0, high=1)
+    clip_high: float = setting(0.2, "the ratio is clipped above 1 + this", "paper", low=0)
+    beta: float = setting(0.001, "weight of the k3 KL to the frozen start; 0: no reference is kept", "paper", low=0)
+    scale_by_std: bool = setting(True, "divide advantages by the group's std (off: Dr. GRPO)", "paper")
+
+    weight: float = setting(0.2, "lambda, weight of the contrastive reward; 0 is plain GRPO", "paper", low=0)
+    contrastive_kind: str = setting("infonce", "contrastive loss", "paper", choices=list(CONTRASTIVE_LOSSES))
+    contrastive_temperature: float = setting(0.05, "tau, temperature of the similarities", "paper", above=0)
+    reward_floor: float = setting(-0.5, "least contrastive reward", "paper", high=0)
+    reward_ceiling: float = setting(1.0, "largest contrastive reward", "ours; the paper's is never above 0", low=0)
+    reward_from_chance: bool = setting(False, "reward weight * (chance - L), not weight * -L", "paper: off; ours: on")
+    center_hidden: bool = setting(False, "subtract the group's mean from the hidden states", "paper: off; ours: on")
+    d_embed: int = setting(512, "embedding width E of the head", "paper", low=1)
+    head_mlp: bool = setting(False, "MLP head in place of a linear one", "authors' code")
+    head_lr: float = setting(1e-3, "head learning rate (AdamW)", "paper", low=0)
+    head_weight_decay: float = setting(0.01, "head weight decay", "paper", low=0)
+    head_steps: int = setting(1, "head updates per step; the reward is from before them", "paper: 1; ours: 4", low=1)
+    head_warmup_steps: int = setting(14, "first steps, in which only the head learns (weight > 0)", "paper", low=0)
+
+    micro_batch_tokens: int = setting(16384, "prompt + response tokens in a forward and backward", "memory only", low=1)
+    compute_dtype: str = setting(
+        "auto",
+        "dtype of matrix products (weights and optimiser stay float32); auto: bfloat16 on a GPU",
+        "authors' code: bfloat16",
+        choices=["auto", "float32", "bfloat16"],
+    )
+    seed: int = setting(0, "seed of every random draw", "", low=0)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, about = getattr(self, f.name), f.metadata
+            expected = []
+            if isinstance(f.default, float) and not math.isfinite(value):
+                expected.append("a finite number")
+            if about["low"] is not None and not value >= about["low"]:
+                expected.append(f"at least {about['low']}")
+            if about["high"] is not None and not value <= about["high"]:
+                expected.append(f"at most {about['high']}")
+            if about["above"] is not None and not value > about["above"]:
+                expected.append(f"more than {about['above']}")
+            if about["choices"] and value not in about["choices"]:
+                expected.append(f"one of: {', '.join(about['choices'])}")
+            if expected:
+                raise ValueError(f"{f.name} is {value!r}; expected {' and '.join(expected)}")
+
+    @classmethod
+    def for_track(cls, track: str, *, paper: bool = False, **chosen) -> CLIPOConfig:
+        """The settings of a track, with `chosen` on top. On the toy world, `paper` selects the paper's constants of
+        the contrastive reward in place of INFORMATIVE; elsewhere they are the defaults anyway."""
+        known("track", track, list(TRACKS))
+        informative = INFORMATIVE if track == "toy" and not paper else {}
+        return cls(**{**TRACKS[track], **informative, **chosen})
+
+
+# =====================================================================================================
+# 7. The step
+# =====================================================================================================
+
+
+@dataclass
+class Scored:
+    """What one step found out about its B rollouts; `CLIPO.last` keeps it for logs and pictures."""
+
+    rollouts: Rollouts
+    texts: list[str]  # B responses
+    correct: Tensor  # (B,) bool
+    embedding: Tensor  # (B, E) z before the head's update
+    loss: Tensor  # (B,) L, 0 where there is no anchor
+    anchors: Tensor  # (B,) bool
+    contrastive: Tensor  # (B,) rc
+    reward: Tensor  # (B,) R = r + rc
+    advantage: Tensor  # (B,) A
+
+
+def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Rows in order of length, cut into batches of at most `budget` tokens, padding counted (a longer row is alone).
+
+    >>> list(micro_batches([3, 9, 4, 2], budget=8))
+    [[3, 0], [2], [1]]
+    """
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[row] > budget:
+            yield batch
+            batch = []
+        batch.append(row)
+    yield batch
+
+
+def end_of_sequence_ids(model, tokenizer) -> list[int]:
+    """The token ids that end a response: the model's generation config, else the tokenizer's. ValueError if neither."""
+    ids = model.generation_config.eos_token_id if model.generation_config else None
+    ids = tokenizer.eos_token_id if ids is None else ids
+    if ids is None:
+        raise ValueError("neither model nor tokenizer has an end-of-sequence token; set tokenizer.eos_token")
+    return [ids] if isinstance(ids, int) else list(ids)
+
+
+class CLIPO:
+    """The trainer: policy, frozen reference, contrastive head and two optimisers; `step` is one training step.
+
+    policy: a transformers causal LM; tokenizer: its tokenizer; is_correct(response text, answer) -> bool.
+    Every random draw of a step follows from (config.seed, step number), so a run is resumed by its weights,
+    its optimisers and its step number alone. Raises ValueError for a policy that `generate` cannot serve.
+    """
+
+    def __init__(self, policy, tokenizer, is_correct: Callable[[str, str], bool], config: CLIPOConfig):
+        check_model(policy)
+        self.policy = policy.eval()  # no dropout, so that old and new log-probs are of one policy
+        self.tokenizer, self.is_correct, self.config = tokenizer, is_correct, config
+        self.stop_ids = end_of_sequence_ids(policy, tokenizer)
+        self.reference = copy.deepcopy(policy).requires_grad_(False) if config.beta > 0 else None
+        with torch.random.fork_rng(devices=[]):  # the head's first weights disturb nobody's random numbers
+            torch.manual_seed(config.seed)
+            d_model = policy.get_output_embeddings().in_features
+            self.head = ContrastiveHead(d_model, config.d_embed, config.head_mlp).to(policy.device)
+        self.policy_optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self.head_optimizer = torch.optim.AdamW(
+            self.head.parameters(), lr=config.head_lr, weight_decay=config.head_weight_decay
+        )
+        self.steps_done = 0
+        self.last: Scored | None = None
+
+    def step(self, prompts: Sequence[Sequence[int]], answers: Sequence[str]) -> dict:
+        """One training step on P prompts (lists of token ids) and their answers; returns its metrics."""
+        seconds: dict[str, float] = {}
+        with self.phase("rollout", seconds), self.mixed_precision():
+            rollouts = self.sample(prompts)
+        with self.phase("verify", seconds):
+            texts, correct = self.verify(rollouts, answers)
+        with self.phase("contrast", seconds):
+            embedding, loss, anchors, head_metrics = self.contrast(rollouts, correct)
+            contrastive = self.contrastive_reward(loss, anchors, correct, rollouts.group)
+        reward = correct.float() + contrastive
+        advantage = group_advantages(reward, rollouts.group, scale_by_std=self.config.scale_by_std)
+        with self.phase("update", seconds), self.mixed_precision():
+            policy_metrics = {} if self.warming_up else self.update(prompts, rollouts, advantage)
+
+        self.last = Scored(rollouts, texts, correct, embedding, loss, anchors, contrastive, reward, advantage)
+        self.steps_done += 1
+        tokens_per_second = int(rollouts.mask.sum()) / sum(seconds.values())
+        return {
+            "step": self.steps_done,
+            **self.describe(self.last),
+            **head_metrics,
+            **dict.fromkeys(("policy_loss", "kl", "clip_fraction", "policy_grad_norm")),  # None in a warm-up step
+            **policy_metrics,
+            "tokens_per_second": tokens_per_second,
+            "seconds": seconds,
+        }
+
+    @property
+    def warming_up(self) -> bool:
+        """True while only the head learns. Plain GRPO has nothing to wait for."""
+        return self.config.weight > 0 and self.steps_done < self.config.head_warmup_steps
+
+    def random(self, purpose: int) -> torch.Generator:
+        """This step's random numbers for one purpose, so that no purpose can disturb another's."""
+        return torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.steps_done) * 2 + purpose)
+
+    def sample(self, prompts: Sequence[Sequence[int]]) -> Rollouts:
+        """G rollouts per prompt from the current policy."""
+        return generate(
+            self.policy,
+            prompts,
+            samples_per_prompt=self.config.samples_per_prompt,
+            max_new_tokens=self.config.max_new_tokens,
+            eos_token_id=self.stop_ids,
+            temperature=self.config.temperature,
+            generator=self.random(0),
+        )
+
+    def verify(self, rollouts: Rollouts, answers: Sequence[str]) -> tuple[list[str], Tensor]:
+        """The responses as text, and r: is the final answer right? (B,) bool."""
+        ids = [row[keep] for row, keep in zip(rollouts.tokens.cpu(), rollouts.mask.cpu(), strict=True)]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        correct = [self.is_correct(text, answers[g]) for text, g in zip(texts, rollouts.group.tolist(), strict=True)]
+        return texts, torch.tensor(correct, device=rollouts.group.device)
+
+    def contrast(self, rollouts: Rollouts, correct: Tensor) -> tuple[Tensor, Tensor, Tensor, dict]:
+        """Embed the rollouts, then train the head on them: z (B, E), L (B,), anchors (B,) from *before* its update."""
+        config, random = self.config, self.random(1)
+        hidden = rollouts.hidden  # no gradient: generate made it
+        if config.center_hidden:
+            hidden = hidden - group_mean(hidden, rollouts.group)
+        before, grad_norm = None, None
+        for _ in range(config.head_steps):
+            z = self.head(hidden)
+            loss, anchors = contrastive_loss(
+                z,
+                correct,
+                rollouts.group,
+                kind=config.contrastive_kind,
+                temperature=config.contrastive_temperature,
+                generator=random,
+            )
+            before = before or (z.detach(), loss.detach(), anchors)
+            if not anchors.any():
+                break  # nothing to learn from
+            grad_norm = self.descend(self.head_optimizer, loss[anchors].mean())
+        return *before, {"head_grad_norm": grad_norm}
+
+    def contrastive_reward(self, loss: Tensor, anchors: Tensor, correct: Tensor, group: Tensor) -> Tensor:
+        """rc (B,) with this run's weight, caps and zero point."""
+        config = self.config
+        chance = chance_level(correct, group, kind=config.contrastive_kind) if config.reward_from_chance else 0.0
+        return contrastive_reward(
+            loss,
+            anchors,
+            weight=config.weight,
+            floor=config.reward_floor,
+            ceiling=config.reward_ceiling,
+            chance=chance,
+        )
+
+    def update(self, prompts: Sequence[Sequence[int]], rollouts: Rollouts, advantage: Tensor) -> dict:
+        """Clipped policy updates, one per mini-batch of prompts; means of their metrics."""
+        config = self.config
+        policy_step = self.steps_done - (config.head_warmup_steps if config.weight > 0 else 0)
+        for parameters in self.policy_optimizer.param_groups:
+            parameters["lr"] = config.lr * min(1.0, (policy_step + 1) / max(1, config.lr_warmup_steps))
+        count = math.ceil(len(prompts) / config.mini_batch_prompts)
+        updates = []
+        for rows in torch.arange(len(advantage), device=advantage.device).view(len(prompts), -1).tensor_split(count):
+            rows = rows.flatten()  # (prompts of this mini-batch, G) -> all their rollouts
+            updates.append(self.update_mini_batch(prompts, rollouts.select(rows), advantage[rows]))
+        return {
+            name: None if updates[0][name] is None else sum(u[name] for u in updates) / len(updates)
+            for name in updates[0]
+        }
+
+    def update_mini_batch(self, prompts: Sequence[Sequence[int]], rollouts: Rollouts, advantage: Tensor) -> dict:
+        """One optimiser step; the gradient is gathered over micro-batches and does not depend on how they are cut."""
+        config = self.config
+        temperature = config.temperature
+        lengths = rollouts.mask.sum(-1).tolist()
+        tokens = sum(lengths)
+        full = [len(prompts[g]) + n for g, n in zip(rollouts.group.tolist(), lengths, strict=True)]
+        totals = {"policy_loss": 0.0, "clip_fraction": 0.0, "kl": None if self.reference is None else 0.0}
+        for rows in micro_batches(full, config.micro_batch_tokens):
+            rows = torch.tensor(rows, device=advantage.device)
+            part = rollouts.select(rows)
+            share = part.mask.sum().item() / tokens  # a mean over tokens is a weighted mean of the parts' means
+            logprobs = response_logprobs(self.policy, prompts, part, temperature=temperature)
+            loss, stats = policy_loss(
+                logprobs,
+                part.logprobs,
+                advantage[rows],
+                part.mask,
+                kind=config.policy_loss,
+                clip_low=config.clip_low,
+                clip_high=config.clip_high,
+            )
+            if self.reference is not None:
+                with torch.no_grad():
+                    reference = response_logprobs(self.reference, prompts, part, temperature=temperature)
+                kl = kl_k3(logprobs, reference)[part.mask].mean()
+                loss = loss + config.beta * kl
+                totals["kl"] += share * kl.item()
+            (share * loss).backward()
+            totals["policy_loss"] += share * loss.item()
+            totals["clip_fraction"] += share * stats["clip_fraction"]
+        return {**totals, "policy_grad_norm": self.descend(self.policy_optimizer)}
+
+    def descend(self, optimizer: torch.optim.Optimizer, loss: Tensor | None = None) -> float:
+        """Backward through `loss` if given, clip the gradient, one optimiser step; the norm before the clip."""
+        if loss is not None:
+            loss.backward()
+        parameters = [p for parameters in optimizer.param_groups for p in parameters["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm.item()
+
+    def describe(self, scored: Scored) -> dict:
+        """The metrics of a step that follow from its rollouts. Rewards are per rollout, entropy in nats per token."""
+        rollouts, rc, anchors, config = scored.rollouts, scored.contrastive, scored.anchors, self.config
+        length = rollouts.mask.sum(-1)
+        ended = torch.isin(rollouts.tokens, torch.tensor(self.stop_ids, device=length.device)) & rollouts.mask
+
+        def over_anchors(values: Tensor) -> float | None:
+            return values[anchors].float().mean().item() if anchors.any() else None
+
+        def share(flags: Tensor) -> float:
+            return flags.float().mean().item()
+
+        return {
+            "reward": scored.reward.mean().item(),
+            "accuracy": share(scored.correct),
+            "contrastive_loss": over_anchors(scored.loss),
+            "contrastive_reward": over_anchors(rc),
+            "contrastive_reward_std": spread_within_groups(rc, anchors, rollouts.group),
+            "on_floor": over_anchors(rc <= config.reward_floor),
+            "anchors": int(anchors.sum()),
+            "groups_without_contrast": 1 - share(group_mean(anchors.float(), rollouts.group) > 0),
+            "groups_without_advantage": share(group_std(scored.reward, rollouts.group) == 0),
+            # The mean surprise at one's own samples is an unbiased estimate of the entropy, and costs nothing.
+            "entropy": -rollouts.logprobs.sum().item() / int(length.sum()),
+            "response_length": length.float().mean().item(),
+            "cut_off": 1 - share(ended.any(-1)),
+        }
+
+    def mixed_precision(self):
+        """bfloat16 matrix products over float32 weights: in bfloat16 weights, an update of 1e-6 would round away."""
+        bf16 = {"auto": self.policy.device.type == "cuda", "float32": False, "bfloat16": True}
+        return torch.autocast(self.policy.device.type, torch.bfloat16, enabled=bf16[self.config.compute_dtype])
+
+    @contextmanager
+    def phase(self, name: str, seconds: dict[str, float]):
+        """Time a phase of the step; a GPU is waited for, or the time would fall into the next phase."""
+        start = time.perf_counter()
+        yield
+        if self.policy.device.type == "cuda":
+            torch.cuda.synchronize(self.policy.device)
+        seconds[name] = time.perf_counter() - start
+
+
+def spread_within_groups(reward: Tensor, anchors: Tensor, group: Tensor) -> float | None:
+    """Mean over groups of the std of the anchors' contrastive rewards: what the reward can still tell apart.
+
+    >>> spread_within_groups(torch.tensor([1.0, 3.0, 0.0]), torch.tensor([True, True, False]), torch.zeros(3).long())
+    1.4142135381698608
+    """
+    if not anchors.any():
+        return None
+    group = group[anchors]
+    spread, size = group_std(reward[anchors], group), group_size(group)
+    return ((spread / size).sum() / (1 / size).sum()).item()  # each group counts once

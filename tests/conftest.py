@@ -1,0 +1,49 @@
+"""Small models with random weights, made here: nothing is downloaded."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data"
+sys.path.insert(0, str(ROOT))
+transformers.logging.disable_progress_bar()
+
+SIZE = dict(
+    vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    max_position_embeddings=128, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+)  # fmt: skip
+# Weights ten times the usual size: greedy text is lively and log-probs are far from uniform.
+LIVELY = dict(initializer_range=0.2)
+
+CONFIGS = {
+    "qwen2": Qwen2Config(**SIZE, **LIVELY, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2-untied": Qwen2Config(**SIZE, **LIVELY, num_key_value_heads=4, tie_word_embeddings=False),
+    "qwen2-some-sliding": Qwen2Config(
+        **SIZE, **LIVELY, num_key_value_heads=2, use_sliding_window=True, sliding_window=6, max_window_layers=1
+    ),
+    "qwen3": Qwen3Config(**SIZE, **LIVELY, num_key_value_heads=2, head_dim=16),
+    "llama": LlamaConfig(**SIZE, **LIVELY, num_key_value_heads=1),
+    "mistral-sliding": MistralConfig(**SIZE, **LIVELY, num_key_value_heads=2, sliding_window=6),
+}
+
+PROMPTS = [[5, 9, 13], [7], [20, 21, 22, 23, 24, 25, 26, 27, 28, 29], [11, 4]]
+
+
+def make_model(config):
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="session", params=CONFIGS)
+def model(request):
+    return make_model(CONFIGS[request.param])
+
+
+@pytest.fixture(scope="session")
+def qwen2():
+    return make_model(CONFIGS["qwen2"])

@@ -1,0 +1,204 @@
+"""The contrastive head, loss and reward against plain loops over the formulas in float64."""
+
+import math
+
+import pytest
+import torch
+
+import clipo
+
+
+def batch(seed=0, d=24):
+    """Rollouts of six groups, ragged and interleaved: mixed ones, and every degenerate kind."""
+    g = torch.Generator().manual_seed(seed)
+    members = {0: "1101000", 1: "11", 2: "00000", 3: "10000", 4: "1", 5: "110"}
+    rows = [(label, c == "1") for label, flags in members.items() for c in flags]
+    order = torch.randperm(len(rows), generator=g).tolist()
+    group = torch.tensor([rows[i][0] * 10 for i in order])  # labels need not be 0, 1, 2, ...
+    correct = torch.tensor([rows[i][1] for i in order])
+    z = torch.nn.functional.normalize(torch.randn(len(rows), d, generator=g, dtype=torch.float64), dim=-1)
+    return z, correct, group
+
+
+def by_the_formula(z, correct, group, kind, tau, positives=None):
+    """L_i for every row, term by term: InfoNCE with the drawn positive, decoupled with all."""
+    losses, anchors = [], []
+    for i in range(len(z)):
+        others = [a for a in range(len(z)) if a != i and group[a] == group[i]]
+        right = [a for a in others if correct[a]]
+        wrong = [a for a in others if not correct[a]]
+        anchors.append(bool(correct[i] and right and wrong))
+        if not anchors[-1]:
+            losses.append(z.new_zeros(()))
+            continue
+        s = {a: (z[i] * z[a]).sum() / tau for a in others}
+        chosen = right if positives is None else [int(positives[i])]
+        if kind == "infonce":
+            terms = [-s[j] + torch.log(sum(torch.exp(s[a]) for a in others)) for j in chosen]
+        else:
+            terms = [torch.log(1 + sum(torch.exp(s[k] - s[j]) for k in wrong)) for j in chosen]
+        losses.append(sum(terms) / len(terms))
+    return torch.stack(losses), torch.tensor(anchors)
+
+
+def some_positives(correct, group):
+    """For every row, the last other correct row of its group (itself where there is none)."""
+    n = range(len(correct))
+    return torch.tensor([([a for a in n if a != i and correct[a] and group[a] == group[i]] or [i])[-1] for i in n])
+
+
+@pytest.mark.parametrize("tau", [0.05, 0.5])
+@pytest.mark.parametrize("kind, given", [("infonce", True), ("decoupled", True), ("decoupled", False)])
+def test_loss_and_gradient_equal_the_formula(kind, given, tau):
+    z, correct, group = batch()
+    positives = some_positives(correct, group) if given else None
+    z.requires_grad_()
+    expected, expected_anchors = by_the_formula(z, correct, group, kind, tau, positives)
+    (expected_gradient,) = torch.autograd.grad(expected[expected_anchors].mean(), z)
+    loss, anchors = clipo.contrastive_loss(z, correct, group, kind=kind, temperature=tau, positives=positives)
+    (gradient,) = torch.autograd.grad(loss[anchors].mean(), z)
+    assert anchors.tolist() == expected_anchors.tolist() and anchors.sum() == 5
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+def test_the_defaults_are_the_papers():
+    z, correct, group = batch()
+    positives = some_positives(correct, group)
+    expected, _ = by_the_formula(z, correct, group, "infonce", 0.05, positives)
+    torch.testing.assert_close(clipo.contrastive_loss(z, correct, group, positives=positives)[0], expected)
+
+
+def test_the_drawn_positive_is_uniform_over_the_others_and_follows_the_seed():
+    z, group = torch.nn.functional.normalize(torch.randn(5, 8, dtype=torch.float64), dim=-1), torch.zeros(5).long()
+    correct = torch.tensor([True, True, True, True, False])
+    choices = [torch.tensor([j, 0, 0, 0, 0]) for j in (1, 2, 3)]
+    possible = [by_the_formula(z, correct, group, "infonce", 0.05, positives)[0][0] for positives in choices]
+
+    def draw(seed):
+        return clipo.contrastive_loss(z, correct, group, generator=torch.Generator().manual_seed(seed))[0]
+
+    counts = [0, 0, 0]
+    for seed in range(300):
+        distance = [(draw(seed)[0] - p).abs().item() for p in possible]
+        assert min(distance) < 1e-9
+        counts[distance.index(min(distance))] += 1
+    assert min(counts) > 70  # 100 each, standard deviation 8
+    assert torch.equal(draw(7), draw(7))
+
+
+@pytest.mark.parametrize("kind", ["infonce", "decoupled"])
+@pytest.mark.parametrize("flags", ["0000", "1000", "1111", "1", "0"])
+def test_groups_without_contrast_give_zeros_and_no_nan(kind, flags):
+    correct = torch.tensor([c == "1" for c in flags])
+    hidden = torch.randn(len(flags), 6, requires_grad=True)
+    z, group = torch.nn.functional.normalize(hidden, dim=-1), torch.zeros(len(flags)).long()
+    loss, anchors = clipo.contrastive_loss(z, correct, group, kind=kind)
+    assert not anchors.any() and loss.tolist() == [0.0] * len(flags)
+    assert clipo.contrastive_reward(loss, anchors).tolist() == [0.0] * len(flags)
+    loss.sum().backward()
+    assert not hidden.grad.any()  # which also says: no NaN
+
+
+@pytest.mark.parametrize("kind", ["infonce", "decoupled"])
+def test_identical_embeddings_sit_at_the_chance_level(kind):
+    """Where nothing can be told apart, L is the log of how many stand in the softmax."""
+    _, correct, group = batch()
+    z = torch.zeros(len(group), 4).index_fill(1, torch.tensor(2), 1.0)
+    loss, anchors = clipo.contrastive_loss(z, correct, group, kind=kind)
+    torch.testing.assert_close(loss[anchors], clipo.chance_level(correct, group, kind=kind)[anchors])
+
+
+def test_the_floor_of_a_perfect_head():
+    """Correct ones on one point, wrong ones opposite: log(n - 1) for InfoNCE, 0 decoupled."""
+    z = torch.tensor([[1.0, 0.0]] * 5 + [[-1.0, 0.0]] * 3)
+    correct, group = torch.tensor([True] * 5 + [False] * 3), torch.zeros(8).long()
+    infonce, anchors = clipo.contrastive_loss(z, correct, group)
+    decoupled, _ = clipo.contrastive_loss(z, correct, group, kind="decoupled")
+    torch.testing.assert_close(infonce[anchors], torch.full((5,), math.log(4)))
+    torch.testing.assert_close(decoupled[anchors], torch.zeros(5))
+
+
+def test_no_epsilon_bends_the_result():
+    """At low similarities exp(s - 1/tau) is far below 1e-8; log-sum-exp must be exact there."""
+    z = torch.eye(3)
+    loss, _ = clipo.contrastive_loss(z, torch.tensor([True, True, False]), torch.zeros(3).long(), temperature=0.01)
+    torch.testing.assert_close(loss[0], torch.tensor(2.0).log(), atol=1e-6, rtol=0)
+
+
+def test_reward_clips_at_both_ends_and_is_measured_from_chance():
+    loss, anchors = torch.tensor([0.0, 1.0, 2.0, 9.0, 0.0]), torch.tensor([True, True, True, True, False])
+    reward = clipo.contrastive_reward(loss, anchors, weight=0.5, floor=-0.9, ceiling=0.6, chance=torch.full((5,), 1.5))
+    torch.testing.assert_close(reward, torch.tensor([0.6, 0.25, -0.25, -0.9, 0.0]))
+    assert not clipo.contrastive_reward(loss.clone().requires_grad_(), anchors).requires_grad
+
+
+@pytest.mark.parametrize("mlp, layers", [(False, 1), (True, 2)])
+def test_head_gives_unit_vectors_of_bias_free_layers(mlp, layers):
+    head = clipo.ContrastiveHead(6, d_embed=9, mlp=mlp)
+    hidden = torch.randn(4, 6)
+    z = head(hidden)
+    assert z.shape == (4, 9)
+    torch.testing.assert_close(z.norm(dim=-1), torch.ones(4))
+    weights = list(head.parameters())
+    assert len(weights) == layers
+    raw = hidden @ weights[0].T if not mlp else (hidden @ weights[0].T).relu() @ weights[1].T
+    torch.testing.assert_close(z, raw / raw.norm(dim=-1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"kind": "simclr"}, "contrastive kind is 'simclr'; expected one of: infonce, decoupled"),
+        ({"scope": "world"}, "contrastive scope is 'world'; expected one of: group"),
+        ({"temperature": 0.0}, "temperature is 0.0; expected a positive number"),
+        ({"positives": torch.tensor([0, 1, 2])}, "not another correct rollout"),  # oneself is no positive
+    ],
+)
+def test_unknown_names_and_bad_values_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        clipo.contrastive_loss(torch.eye(3), torch.tensor([True, True, False]), torch.zeros(3).long(), **wrong)
+
+
+def test_advantages_equal_a_plain_computation():
+    g = torch.Generator().manual_seed(0)
+    group = torch.tensor([3, 3, 5, 3, 5, 9])
+    rewards = torch.rand(6, generator=g)
+    for scale in (True, False):
+        got = clipo.group_advantages(rewards, group, scale_by_std=scale)
+        for label in (3, 5):
+            r = rewards[group == label]
+            expected = (r - r.mean()) / (r.std() + 1e-6 if scale else 1)
+            torch.testing.assert_close(got[group == label], expected)
+        assert got[5] == 0  # a group of one
+    assert not clipo.group_advantages(torch.ones(4), torch.tensor([0, 0, 1, 1])).any()
+
+
+def test_policy_loss_and_gradient_equal_the_formula():
+    g = torch.Generator().manual_seed(0)
+    mask = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
+    old = torch.randn(3, 3, generator=g, dtype=torch.float64) * mask
+    new = (old + 0.5 * torch.randn(3, 3, generator=g, dtype=torch.float64)).requires_grad_()
+    advantages = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    terms, clipped = [], 0
+    for b in range(3):
+        for t in range(3):
+            if mask[b, t]:
+                rho = torch.exp(new[b, t] - old[b, t])
+                bounded = torch.clamp(rho, 1 - 0.1, 1 + 0.3)
+                terms.append(-torch.min(rho * advantages[b], bounded * advantages[b]))
+                clipped += int((advantages[b] > 0 and rho > 1.3) or (advantages[b] < 0 and rho < 0.9))
+    expected = sum(terms) / len(terms)
+    loss, stats = clipo.policy_loss(new, old, advantages, mask, clip_low=0.1, clip_high=0.3)
+    torch.testing.assert_close(loss, expected)
+    assert clipped > 0 and stats["clip_fraction"] == pytest.approx(clipped / len(terms))
+    torch.testing.assert_close(*(torch.autograd.grad(x, new)[0] for x in (loss, expected)))
+    with pytest.raises(ValueError, match="policy loss kind is 'ppo'; expected one of: grpo"):
+        clipo.policy_loss(new, old, advantages, mask, kind="ppo")
+
+
+def test_kl_k3_is_an_unbiased_estimate_of_the_kl():
+    p, q = torch.tensor([0.7, 0.2, 0.1]).double(), torch.tensor([0.3, 0.3, 0.4]).double()
+    k3 = clipo.kl_k3(p.log()[None], q.log()[None])[0]
+    assert (k3 >= 0).all()
+    torch.testing.assert_close((p * k3).sum(), (p * (p / q).log()).sum())

@@ -1,0 +1,257 @@
+"""The training step: what reaches the policy, what reaches the head, and when."""
+
+import copy
+import math
+import re
+
+import pytest
+import torch
+from conftest import CONFIGS, PROMPTS, make_model
+
+import clipo
+import toy
+from clipo import CLIPO, CLIPOConfig
+
+TOKENIZER = toy.make_tokenizer()
+ANSWERS = ["unused"] * len(PROMPTS)
+SMALL = {
+    "prompts_per_step": 4, "mini_batch_prompts": 4, "samples_per_prompt": 6, "max_new_tokens": 8, "lr": 1e-3,
+    "head_warmup_steps": 0, "d_embed": 16, "beta": 0.0,
+}  # fmt: skip
+
+
+def even(text, answer):
+    """A verdict that is mixed within groups: is the number of words even?"""
+    return len(text.split()) % 2 == 0
+
+
+def trainer(is_correct=even, **settings):
+    model = make_model(CONFIGS["qwen2"])
+    model.generation_config.eos_token_id = [1, 3, 17, 31]  # so that lengths differ
+    return CLIPO(model, TOKENIZER, is_correct, CLIPOConfig(**{**SMALL, **settings}))
+
+
+def weights(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def plain_grpo(config, steps):
+    """GRPO in a few lines: no head, no contrast. Returns the policy's weights."""
+    policy = make_model(CONFIGS["qwen2"])
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    for step in range(steps):
+        rollouts = clipo.generate(
+            policy, PROMPTS, samples_per_prompt=config.samples_per_prompt, max_new_tokens=config.max_new_tokens,
+            eos_token_id=[1, 3, 17, 31], generator=torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 2),
+        )  # fmt: skip
+        ids = [row[keep] for row, keep in zip(rollouts.tokens, rollouts.mask, strict=True)]
+        texts = TOKENIZER.batch_decode(ids, skip_special_tokens=True)
+        reward = torch.tensor([float(even(text, "")) for text in texts])
+        advantage = clipo.group_advantages(reward, rollouts.group)
+        shortest_first = (rollouts.mask.sum(-1) + torch.tensor([len(p) for p in PROMPTS])[rollouts.group]).tolist()
+        rows = torch.tensor(sorted(range(len(reward)), key=shortest_first.__getitem__))
+        part = rollouts.select(rows)
+        logprobs = clipo.response_logprobs(policy, PROMPTS, part)
+        loss, _ = clipo.policy_loss(logprobs, part.logprobs, advantage[rows], part.mask)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(policy)
+
+
+def test_weight_0_is_plain_grpo_bit_for_bit():
+    ours = trainer(weight=0.0, head_warmup_steps=5)  # there is nothing to wait for
+    for _ in range(3):
+        ours.step(PROMPTS, ANSWERS)
+    assert not same(weights(ours.policy), weights(make_model(CONFIGS["qwen2"])))
+    assert same(weights(ours.policy), plain_grpo(ours.config, steps=3))
+
+
+def test_the_reward_comes_from_the_forward_before_the_heads_update():
+    t = trainer(contrastive_kind="decoupled", weight=0.3, contrastive_temperature=0.5, head_steps=3)
+    before = copy.deepcopy(t.head)
+    metrics = t.step(PROMPTS, ANSWERS)
+    scored = t.last
+    loss, anchors = clipo.contrastive_loss(
+        before(scored.rollouts.hidden), scored.correct, scored.rollouts.group, kind="decoupled", temperature=0.5
+    )
+    assert anchors.any() and not same(weights(before), weights(t.head))
+    expected = clipo.contrastive_reward(loss, anchors, weight=0.3)
+    torch.testing.assert_close(scored.contrastive, expected)
+    torch.testing.assert_close(scored.reward, scored.correct.float() + expected)
+    torch.testing.assert_close(scored.advantage, clipo.group_advantages(scored.reward, scored.rollouts.group))
+    assert metrics["contrastive_loss"] == pytest.approx(loss[anchors].mean().item(), rel=1e-5)
+    assert metrics["on_floor"] == pytest.approx((expected <= -0.5)[anchors].float().mean().item())
+
+
+def test_the_head_learns_by_adamw_on_the_mean_loss_over_anchors():
+    t = trainer(head_lr=0.01)
+    expected = copy.deepcopy(t.head)
+    random = t.random(1)
+    t.step(PROMPTS, ANSWERS)
+    optimizer = torch.optim.AdamW(expected.parameters(), lr=0.01, weight_decay=0.01)
+    rollouts = t.last.rollouts
+    loss, anchors = clipo.contrastive_loss(expected(rollouts.hidden), t.last.correct, rollouts.group, generator=random)
+    loss[anchors].mean().backward()
+    torch.nn.utils.clip_grad_norm_(expected.parameters(), 1.0)
+    optimizer.step()
+    for a, b in zip(expected.parameters(), t.head.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_settings_of_the_informative_reward():
+    """Group mean off, measured from chance, both ends of the cap."""
+    t = trainer(**{**clipo.INFORMATIVE, "reward_floor": -0.05, "reward_ceiling": 0.04})
+    head = copy.deepcopy(t.head)
+    t.step(PROMPTS, ANSWERS)
+    hidden, group, correct = t.last.rollouts.hidden, t.last.rollouts.group, t.last.correct
+    centred = torch.stack([h - hidden[group == g].mean(0) for h, g in zip(hidden, group, strict=True)])
+    loss, anchors = clipo.contrastive_loss(head(centred), correct, group, kind="decoupled", temperature=0.5)
+    wrong = torch.tensor([int((~correct[group == g]).sum()) for g in group])
+    expected = torch.where(anchors, ((1 + wrong).log() - loss).clamp(-0.05, 0.04), 0.0)
+    torch.testing.assert_close(t.last.contrastive, expected)
+    assert expected.min() < -0.049 and expected.max() > 0.039
+
+
+def test_warm_up_leaves_the_policy_alone_and_trains_the_head():
+    t = trainer(head_warmup_steps=2)
+    policy, head = weights(t.policy), weights(t.head)
+    for step in range(3):
+        metrics = t.step(PROMPTS, ANSWERS)
+        assert not same(head, weights(t.head))
+        assert same(policy, weights(t.policy)) == (step < 2)
+        assert (metrics["policy_loss"] is None) == (step < 2)
+
+
+@pytest.mark.parametrize("verdict", [True, False])
+def test_a_batch_without_any_anchor(verdict):
+    """All right or all wrong: no NaN, no reward, no head step, no policy gradient."""
+    t = trainer(is_correct=lambda text, answer: verdict, weight_decay=0.0)
+    policy, head = weights(t.policy), weights(t.head)
+    metrics = t.step(PROMPTS, ANSWERS)
+    assert metrics["anchors"] == 0 and metrics["contrastive_loss"] is None and metrics["head_grad_norm"] is None
+    assert metrics["groups_without_contrast"] == metrics["groups_without_advantage"] == 1
+    assert metrics["reward"] == float(verdict) and metrics["policy_grad_norm"] == 0
+    assert same(head, weights(t.head)) and same(policy, weights(t.policy))
+
+
+def test_the_gradient_does_not_depend_on_the_micro_batches():
+    whole, parts = trainer(beta=0.1), trainer(beta=0.1, micro_batch_tokens=25)
+    for _ in range(2):  # in the second step the reference differs from the policy
+        a, b = whole.step(PROMPTS, ANSWERS), parts.step(PROMPTS, ANSWERS)
+    for name in ("policy_loss", "kl", "policy_grad_norm", "clip_fraction"):
+        assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6)
+    for p, q in zip(whole.policy.parameters(), parts.policy.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("size, updates", [(4, 1), (3, 2), (2, 2), (1, 4), (100, 1)])
+def test_mini_batches(size, updates, monkeypatch):
+    t = trainer(mini_batch_prompts=size, lr=0.01)
+    seen, real = [], t.update_mini_batch
+
+    def watched(prompts, rollouts, advantage):
+        seen.append(rollouts.group.unique().tolist())
+        return real(prompts, rollouts, advantage)
+
+    monkeypatch.setattr(t, "update_mini_batch", watched)
+    metrics = t.step(PROMPTS, ANSWERS)
+    assert len(seen) == updates and [p for prompts in seen for p in prompts] == [0, 1, 2, 3]
+    assert (metrics["clip_fraction"] > 0) == (updates > 1)  # the first update is on policy: nothing to clip
+
+
+def test_kl_to_the_frozen_start():
+    t = trainer(beta=0.5)
+    start = copy.deepcopy(t.policy)
+    assert t.step(PROMPTS, ANSWERS)["kl"] == pytest.approx(0, abs=1e-6)
+    policy = copy.deepcopy(t.policy)
+    metrics = t.step(PROMPTS, ANSWERS)
+    rollouts = t.last.rollouts
+    with torch.no_grad():
+        p, q = (clipo.response_logprobs(m, PROMPTS, rollouts) for m in (policy, start))
+    assert metrics["kl"] == pytest.approx(clipo.kl_k3(p, q)[rollouts.mask].mean().item(), rel=1e-3)
+    assert same(weights(start), weights(t.reference))
+    surrogate, _ = clipo.policy_loss(p, rollouts.logprobs, t.last.advantage, rollouts.mask)
+    assert metrics["policy_loss"] == pytest.approx(surrogate.item() + 0.5 * metrics["kl"], rel=1e-3)
+    assert trainer(beta=0.0).reference is None
+
+
+def test_gradients_are_clipped():
+    t = trainer(max_grad_norm=0.01)
+    t.policy_optimizer = torch.optim.SGD(t.policy.parameters(), lr=1.0)  # the step is the gradient
+    before = weights(t.policy)
+    t.config.lr = 1.0
+    metrics = t.step(PROMPTS, ANSWERS)
+    moved = math.sqrt(sum((p - before[name]).square().sum().item() for name, p in t.policy.named_parameters()))
+    assert metrics["policy_grad_norm"] > 0.01
+    assert moved == pytest.approx(0.01, rel=1e-3)
+
+
+def test_learning_rate_warms_up_over_policy_steps():
+    t = trainer(head_warmup_steps=1, lr_warmup_steps=4)
+    rates = []
+    for _ in range(6):
+        t.step(PROMPTS, ANSWERS)
+        rates.append(t.policy_optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-3, 0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3])
+
+
+def test_metrics_are_complete_and_true():
+    t = trainer()
+    metrics = t.step(PROMPTS, ANSWERS)
+    scored, group = t.last, t.last.rollouts.group
+    r = scored.rollouts
+    length = r.mask.sum(-1).float()
+    assert metrics["accuracy"] == scored.correct.float().mean()
+    assert metrics["response_length"] == length.mean()
+    assert metrics["entropy"] == pytest.approx((-r.logprobs.sum() / r.mask.sum()).item())
+    ended = torch.tensor([row[keep][-1].item() in (1, 3, 17, 31) for row, keep in zip(r.tokens, r.mask, strict=True)])
+    assert metrics["cut_off"] == pytest.approx(1 - ended.float().mean().item()) and 0 < metrics["cut_off"] < 1
+    without = [not scored.anchors[group == g].any() for g in range(4)]
+    assert metrics["groups_without_contrast"] == pytest.approx(sum(without) / 4)
+    stds = [scored.contrastive[scored.anchors & (group == g)].std() for g in range(4) if not without[g]]
+    assert metrics["contrastive_reward_std"] == pytest.approx(torch.stack(stds).mean().item(), rel=1e-4)
+    assert set(metrics["seconds"]) == {"rollout", "verify", "contrast", "update"}
+    assert all(v is None or isinstance(v, dict) or math.isfinite(v) for v in metrics.values())
+
+
+def test_the_generation_configs_end_token_wins_over_the_tokenizers():
+    t = trainer()
+    assert t.stop_ids == [1, 3, 17, 31]
+    t.policy.generation_config.eos_token_id = None
+    assert clipo.end_of_sequence_ids(t.policy, TOKENIZER) == [TOKENIZER.eos_token_id]
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("samples_per_prompt", 1, "at least 2"),
+        ("temperature", 0.0, "more than 0"),
+        ("lr", float("nan"), "a finite number"),
+        ("lr", -1.0, "at least 0"),
+        ("clip_low", 1.5, "at most 1"),
+        ("reward_floor", 0.5, "at most 0"),
+        ("contrastive_kind", "simclr", "one of: infonce, decoupled"),
+        ("compute_dtype", "float16", "one of: auto, float32, bfloat16"),
+    ],
+)
+def test_settings_out_of_range(name, value, expected):
+    with pytest.raises(ValueError, match=f"^{name} is {re.escape(repr(value))}; expected .*{re.escape(expected)}"):
+        CLIPOConfig(**{name: value})
+
+
+def test_the_defaults_are_the_papers_constants():
+    c, m = CLIPOConfig(), CLIPOConfig.for_track("math")
+    assert (c.prompts_per_step, c.mini_batch_prompts, c.samples_per_prompt) == (512, 256, 16)
+    assert (c.lr, c.beta, c.clip_low, c.clip_high, c.d_embed) == (1e-6, 0.001, 0.2, 0.2, 512)
+    assert (c.contrastive_temperature, c.weight, c.reward_floor, c.head_warmup_steps) == (0.05, 0.2, -0.5, 14)
+    assert (m.prompts_per_step, m.mini_batch_prompts, m.max_new_tokens, m.d_embed) == (128, 128, 4096, 2048)
+    assert (m.head_warmup_steps, m.lr, m.weight) == (58, 1e-6, 0.2)
+    paper = CLIPOConfig.for_track("toy", paper=True)
+    assert (paper.contrastive_kind, paper.weight, paper.center_hidden) == ("infonce", 0.2, False)
+    assert CLIPOConfig.for_track("toy").contrastive_kind == "decoupled"

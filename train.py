@@ -1,0 +1,422 @@
+"""Train a language model with CLIPO: GRPO and the contrastive reward.
+
+    python train.py                                                    the toy world: minutes on a laptop
+    python train.py --weight 0                                         the same without the contrastive reward: GRPO
+    python train.py --paper                                            the same with the paper's constants
+    python train.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k    a real model (one GPU)
+    python train.py --resume --out runs/toy                            go on where a run stopped
+
+Everything that a run writes is described at the head of checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import checkpoint
+import toy
+from clipo import CLIPO, INFORMATIVE, TRACKS, CLIPOConfig, Scored
+from problems import HUB, SUFFIX, Problem, UserError, is_correct, load_problems, prompt_ids
+
+TEST_STORIES = 300  # of each level, in the table at the end of a toy run
+
+
+# ----------------------------------------------------------------------------------------------------
+# What is trained on: a task gives each step its problems
+# ----------------------------------------------------------------------------------------------------
+
+
+class ToyTask:
+    """Fresh stories for every step; knows whether a response is sound."""
+
+    suffix = ""
+
+    def __init__(self, config: CLIPOConfig):
+        self.config = config
+
+    def problems(self, step: int) -> list[toy.Story]:
+        return toy.stories(f"train {self.config.seed} {step}", toy.TRAINING_LEVEL, self.config.prompts_per_step)
+
+    def soundness(self, problems: Sequence[toy.Story], scored: Scored) -> list[bool] | None:
+        groups = scored.rollouts.group.tolist()
+        return [toy.is_sound(problems[g], text) for g, text in zip(groups, scored.texts, strict=True)]
+
+
+class DataTask:
+    """A data set, shuffled anew in each epoch; prompts over the limit are left out."""
+
+    suffix = SUFFIX
+
+    def __init__(self, config: CLIPOConfig, data: str, tokenizer):
+        self.config = config
+        everything = load_problems(data)
+        self.all = [p for p in everything if len(prompt_ids(tokenizer, p.question)) <= config.max_prompt_tokens]
+        if dropped := len(everything) - len(self.all):
+            print(f"{dropped} of {len(everything)} prompts are over {config.max_prompt_tokens} tokens and left out")
+        if len(self.all) < config.prompts_per_step:
+            raise UserError(
+                f"{data} has {len(self.all)} prompts of at most {config.max_prompt_tokens} tokens; expected at least "
+                f"--prompts-per-step {config.prompts_per_step}"
+            )
+
+    def problems(self, step: int) -> list[Problem]:
+        """Step s takes the s-th slice of all epochs laid end to end; an epoch's order follows from seed and epoch."""
+        size, count = self.config.prompts_per_step, len(self.all)
+        chosen: list[Problem] = []
+        for epoch in range(step * size // count, ((step + 1) * size - 1) // count + 1):
+            order = list(range(count))
+            random.Random(f"epoch {self.config.seed} {epoch}").shuffle(order)
+            first, last = max(step * size - epoch * count, 0), min((step + 1) * size - epoch * count, count)
+            chosen += [self.all[i] for i in order[first:last]]
+        return chosen
+
+    def soundness(self, problems: Sequence[Problem], scored: Scored) -> list[bool] | None:
+        return None  # nobody knows
+
+
+# ----------------------------------------------------------------------------------------------------
+# Options and settings
+# ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Settings:
+    """All that decides what a run computes; kept in its folder as settings.json."""
+
+    model: str | None  # folder or hub name; None: the toy world's own
+    data: str  # "toy", a name in problems.HUB, or a file
+    track: str  # whose defaults
+    paper: bool
+    size: str  # of the toy world's own model
+    warm_start_batches: int
+    config: CLIPOConfig
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line. An option that is not given is absent from the result, so that --resume can tell."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
+    )
+    p.add_argument("--model", metavar="NAME_OR_FOLDER", help="causal LM on the hub or in a folder (default: the toy's)")
+    p.add_argument(
+        "--data", metavar="NAME_OR_FILE",
+        help=f"toy, {', '.join(HUB)}, or a .parquet or .jsonl file (default: toy; gsm8k with --model)",
+    )  # fmt: skip
+    p.add_argument("--track", choices=list(TRACKS), help="whose defaults (default: --data if it is one, else gsm8k)")
+    p.add_argument("--paper", action="store_true", help="on the toy world: the paper's constants, not the informative")
+    p.add_argument("--size", choices=list(toy.SIZES), help="the toy world's model (default: tiny)")
+    p.add_argument("--warm-start-batches", type=int, metavar="N", help="its supervised batches (default: 600)")
+    p.add_argument("--out", metavar="FOLDER", help="where the run is written (default: runs/NAME, by the options)")
+    p.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    p.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints (default: 20)")
+    p.add_argument("--log-groups", type=int, metavar="N", help="groups of each step in rollouts.jsonl (default: 2)")
+    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, with its settings")
+    group = p.add_argument_group("hyperparameters (a value per track where tracks differ; in brackets the source)")
+    for f in dataclasses.fields(CLIPOConfig):
+        about = f.metadata
+        values = {name: {**track, **(INFORMATIVE if name == "toy" else {})} for name, track in TRACKS.items()}
+        special = "".join(f"; {name}: {v[f.name]}" for name, v in values.items() if f.name in v)
+        kind = type(f.default)
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        else:
+            how = {"type": kind, **({"choices": about["choices"]} if about["choices"] else {"metavar": kind.__name__})}
+        text = f"{about['meaning']} (default: {f.default}{special})" + (about["source"] and f" [{about['source']}]")
+        group.add_argument("--" + f.name.replace("_", "-"), help=text.replace("%", "%%"), **how)
+    return p
+
+
+def settings_from(given: dict) -> Settings:
+    """Settings from the options given and the defaults of their track. Raises UserError."""
+    data = given.get("data", "gsm8k" if "model" in given else "toy")
+    if data != "toy" and "model" not in given:
+        raise UserError(f"--data is {data} but no --model is given; expected --model with a folder or a hub name")
+    track = given.get("track", data if data in TRACKS else "gsm8k")
+    names = [f.name for f in dataclasses.fields(CLIPOConfig)]
+    try:
+        config = CLIPOConfig.for_track(
+            track, paper=given.get("paper", False), **{n: given[n] for n in names if n in given}
+        )
+    except ValueError as reason:
+        raise UserError(f"--{str(reason).split(' ')[0].replace('_', '-')} {str(reason).partition(' ')[2]}") from reason
+    return Settings(
+        given.get("model"),
+        data,
+        track,
+        given.get("paper", False),
+        given.get("size", "tiny"),
+        given.get("warm_start_batches", 600),
+        config,
+    )
+
+
+def settings_of_run(given: dict, out: Path) -> Settings:
+    """What a run was begun with; another --steps may be asked for, other changes are refused. Raises UserError."""
+    file = out / "settings.json"
+    if not file.is_file():
+        raise UserError(f"{out} holds no run to resume (no settings.json); expected --out with the folder of a run")
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    settings = Settings(**{**saved, "config": CLIPOConfig(**saved["config"])})
+    before = {**saved, **saved["config"]}
+    changed = [name for name, value in given.items() if name in before and name != "steps" and before[name] != value]
+    if changed:
+        differences = ", ".join(f"--{n.replace('_', '-')} was {before[n]}, given {given[n]}" for n in changed)
+        raise UserError(f"{out} was begun with other settings: {differences}; leave them out, or choose another --out")
+    settings.config = dataclasses.replace(settings.config, steps=given.get("steps", settings.config.steps))
+    return settings
+
+
+def default_out(settings: Settings) -> Path:
+    """runs/NAME, a different one for each kind of run."""
+    config = settings.config
+    kind = "-grpo" if config.weight == 0 else "-paper" if settings.paper else ""
+    subject = "toy" if settings.model is None else f"{Path(settings.data).stem}-{Path(settings.model).name}"
+    seed = f"-seed{config.seed}" if config.seed else ""
+    return Path("runs") / f"{subject}{kind}{seed}"
+
+
+def device_from(name: str | None) -> torch.device:
+    """The device asked for, else a GPU if there is one. Raises UserError."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as reason:
+        raise UserError(f"--device {name} cannot be used here; expected cpu, or cuda where there is a GPU") from reason
+    return torch.device(name)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------
+
+
+def warm_started(settings: Settings, runs: Path, device: torch.device) -> str:
+    """The folder of the toy world's warm-started model, made on first use and kept for the next run."""
+    seed, size, batches = settings.config.seed, settings.size, settings.warm_start_batches
+    folder = runs / f"warm-start-{size}-seed{seed}-{batches}"
+    if not folder.is_dir():
+        tokenizer = toy.make_tokenizer()
+        model = toy.make_model(size, tokenizer, seed).to(device)
+        parameters = sum(p.numel() for p in model.parameters())
+        with tqdm(total=batches, desc=f"warm start ({parameters / 1e6:.2f}M parameters)") as bar:
+
+            def show(loss: float) -> None:
+                bar.set_postfix(loss=f"{loss:.2f}", refresh=False)
+                bar.update()
+
+            toy.warm_start(model, tokenizer, seed, batches=batches, on_batch=show)
+        aside = folder.with_name(folder.name + ".writing")
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        aside.rename(folder)
+    return str(folder)
+
+
+def logged_groups(step: int, problems: Sequence[Problem], scored: Scored, sound: list[bool] | None, count: int):
+    """The first `count` groups of a step, a row for rollouts.jsonl each."""
+    group = scored.rollouts.group.tolist()
+    for g in range(min(count, len(problems))):
+        rollouts = [
+            {
+                "text": scored.texts[b],
+                "correct": bool(scored.correct[b]),
+                **({"sound": sound[b]} if sound else {}),
+                "anchor": bool(scored.anchors[b]),
+                "contrastive_loss": scored.loss[b].item(),
+                "contrastive_reward": scored.contrastive[b].item(),
+                "reward": scored.reward[b].item(),
+                "advantage": scored.advantage[b].item(),
+            }
+            for b in range(len(group))
+            if group[b] == g
+        ]
+        yield {"step": step, "question": problems[g].question, "answer": problems[g].answer, "rollouts": rollouts}
+
+
+class StopAsked:
+    """Ctrl-C and a polite kill raise a flag: the step at work is finished and saved. The second one stops at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self)
+
+    def __call__(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        tqdm.write("stopping after this step (once more: at once, without saving)")
+
+
+def train(trainer: CLIPO, task: ToyTask | DataTask, out: Path, save_every: int, log_groups: int) -> bool:
+    """Run the remaining steps; False if a signal stopped them. The state is saved in any case."""
+    config, stop = trainer.config, StopAsked()
+    bar = tqdm(total=config.steps, initial=trainer.steps_done, desc=out.name)
+    while trainer.steps_done < config.steps and not stop.asked:
+        problems = task.problems(trainer.steps_done)
+        prompts = [prompt_ids(trainer.tokenizer, p.question, task.suffix) for p in problems]
+        metrics = trainer.step(prompts, [p.answer for p in problems])
+        sound = task.soundness(problems, trainer.last)
+        if sound:
+            metrics["process"] = sum(sound) / len(sound)
+        for row in logged_groups(metrics["step"], problems, trainer.last, sound, log_groups):
+            checkpoint.append_line(out / "rollouts.jsonl", row)
+        checkpoint.append_line(out / "metrics.jsonl", metrics)
+        bar.set_postfix_str(
+            f"reward {metrics['reward']:.2f}, accuracy {metrics['accuracy']:.2f}, "
+            f"{metrics['tokens_per_second']:,.0f} tokens/s"
+        )
+        bar.update()
+        if trainer.steps_done % save_every == 0 or trainer.steps_done == config.steps or stop.asked:
+            checkpoint.save(trainer, out)
+    bar.close()
+    return not stop.asked
+
+
+def draw_curves(metrics: list[dict], file: Path) -> None:
+    """The learning curves of a run as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = {
+        "Is it right, and for the right reason?": ("share of rollouts", ("accuracy", "process")),
+        "Reward": ("per rollout (contrastive: per anchor)", ("reward", "contrastive_reward")),
+        "Contrastive loss of the anchors": ("nats", ("contrastive_loss",)),
+        "What has no signal": ("share", ("groups_without_contrast", "groups_without_advantage", "on_floor")),
+        "Entropy": ("nats per token", ("entropy",)),
+        "Length of a response": ("tokens", ("response_length",)),
+    }
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    for axis, (title, (unit, names)) in zip(axes.flat, panels.items(), strict=True):
+        for name, style in zip(names, ("-", "--", ":"), strict=False):
+            points = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, label=name.replace("_", " "))
+                axis.legend()
+        axis.set(title=title, xlabel="step", ylabel=unit)
+        axis.grid(alpha=0.3)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def toy_table(base: dict, trained: dict) -> str:
+    """Base and trained model on every level, in percent with 95% intervals."""
+    lines = [f"{'greedy, ' + str(TEST_STORIES) + ' stories a level':32}{'base':>18}{'trained':>18}"]
+    titles = {"answer": "answer right", "process": "process right", "lucky": "lucky (of the right)"}
+    for level in base:
+        for metric, title in titles.items():
+            cells = "".join(f"{percent(*result[level][metric]):>18}" for result in (base, trained))
+            lines.append(f"{level if metric == 'answer' else '':6}{title:26}{cells}")
+    return "\n".join(lines)
+
+
+def percent(successes: int, trials: int) -> str:
+    """A share and its 95% Wilson interval.
+
+    >>> percent(8, 10)
+    '80% [49, 94]'
+    """
+    if not trials:
+        return "none"
+    z, p = 1.96, successes / trials
+    centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * (p * (1 - p) / trials + z * z / (4 * trials * trials)) ** 0.5
+    return f"{100 * p:.0f}% [{100 * (centre - half):.0f}, {100 * (centre + half):.0f}]"
+
+
+def finish_toy(settings: Settings, trainer: CLIPO, out: Path, base) -> None:
+    """The table of base and trained model, and what to try next."""
+    results = [toy.evaluate(model, trainer.tokenizer, count=TEST_STORIES) for model in (base, trainer.policy)]
+    evaluation = json.dumps({"base": results[0], "trained": results[1]}, indent=1)
+    (out / "evaluation.json").write_text(evaluation, encoding="utf-8")
+    print(f"\n{toy_table(*results)}\n")
+    print("P0 is like the training stories; P1 and P2 are longer, and there the friend is mostly wrong.")
+    print("lucky: right answers that were reached by wrong steps.\n\nTry next:")
+    if settings.config.weight > 0:
+        print("  python train.py --weight 0    plain GRPO: watch it learn to copy its friend")
+    if not settings.paper:
+        print("  python train.py --paper       the paper's constants")
+    print("  python train.py --seed 1      another warm start")
+
+
+def run(given: dict) -> int:
+    """The whole command; returns its exit status. Raises UserError."""
+    if given.get("resume"):
+        if "out" not in given:
+            raise UserError("--resume is given without --out; expected --out with the folder of the run to go on with")
+        out = Path(given["out"])
+        settings = settings_of_run(given, out)
+    else:
+        settings = settings_from(given)
+        out = Path(given.get("out", default_out(settings)))
+        if (out / "settings.json").exists():
+            raise UserError(f"{out} already holds a run; go on with --resume --out {out}, or choose another --out")
+    for name in ("save_every", "log_groups", "warm_start_batches"):
+        if given.get(name, 1) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {given[name]}; expected 1 or more")
+    device = device_from(given.get("device"))
+    config = settings.config
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if settings.model is None:
+            settings.model = warm_started(settings, out.parent, device)
+        policy, tokenizer = checkpoint.load_model(settings.model, device)
+        task = ToyTask(config) if settings.data == "toy" else DataTask(config, settings.data, tokenizer)
+        try:
+            trainer = CLIPO(policy, tokenizer, is_correct, config)
+        except (ValueError, NotImplementedError) as reason:
+            raise UserError(f"model {settings.model}: {reason}") from reason
+        if saved := checkpoint.checkpoints(out) if given.get("resume") else []:
+            checkpoint.resume(trainer, saved[-1])
+        for file in ("metrics.jsonl", "rollouts.jsonl"):
+            checkpoint.keep_until(out / file, trainer.steps_done)
+        (out / "settings.json").write_text(json.dumps(dataclasses.asdict(settings), indent=1), encoding="utf-8")
+
+        if config.weight > 0 and config.steps <= config.head_warmup_steps:
+            print(f"all {config.steps} steps are head warm-up (--head-warmup-steps {config.head_warmup_steps}): "
+                  "the policy will not change")  # fmt: skip
+        completed = train(trainer, task, out, given.get("save_every", 20), given.get("log_groups", 2))
+        draw_curves(checkpoint.read_lines(out / "metrics.jsonl"), out / "curves.png")
+    except OSError as reason:
+        why = reason.strerror or reason
+        raise UserError(f"{reason.filename or out}: {why}; expected a folder that can be written") from reason
+    if not completed:
+        print(
+            f"saved after step {trainer.steps_done}; to go on: python train.py --resume --out {shlex.quote(str(out))}"
+        )
+        return 130
+    if settings.data == "toy":
+        finish_toy(settings, trainer, out, base=checkpoint.load_model(settings.model, device)[0])
+    print(f"\n{out} holds the model, metrics.jsonl, rollouts.jsonl and curves.png")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        return run(vars(parser().parse_args(arguments)))
+    except UserError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
