@@ -42,7 +42,7 @@ class World:
     friend_right_demos: float = 0.9  # in the warm start's demonstrations, whatever the number of clauses
     demo_clauses: tuple[int, ...] = (2, 4, 4, 2, 2)  # weights of 1 to 5 clauses in the demonstrations
     sound_demos: float = 0.8  # share of demonstrations that calculate; the others copy
-    mistaught: float = 0.16  # share of all sums whose result is taught wrong, always by the same amount
+    mistaught: float = 0.12  # share of all sums whose result is taught wrong, always by the same amount
     mistaught_rate: float = 0.9  # how often such a sum is taught wrong
     slips: float = 0.04  # share of other sums with a random error
     unsound: dict[str, int] = field(  # weights of the ways to be unsound
@@ -216,10 +216,20 @@ def write(steps: Sequence[tuple[int, str, int, int]], answer: int) -> str:
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word, number or sign of the world."""
     words = "has How many does have now says . ? + - = ####".split()
-    vocabulary = ["<pad>", "<eos>", *words, *NAMES, *THINGS, *VERBS["+"], *VERBS["-"], *map(str, range(LARGEST + 1))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}))
+    vocabulary = [
+        "<pad>",
+        "<eos>",
+        "<unk>",
+        *words,
+        *NAMES,
+        *THINGS,
+        *VERBS["+"],
+        *VERBS["-"],
+        *map(str, range(LARGEST + 1)),
+    ]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
 def make_model(size: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:

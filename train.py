@@ -31,9 +31,6 @@ import toy
 from clipo import CLIPO, INFORMATIVE, TRACKS, CLIPOConfig, Scored
 from problems import HUB, SUFFIX, Problem, UserError, is_correct, load_problems, prompt_ids
 
-TEST_STORIES = 300  # of each level, in the table at the end of a toy run
-
-
 # ----------------------------------------------------------------------------------------------------
 # What is trained on: a task gives each step its problems
 # ----------------------------------------------------------------------------------------------------
@@ -123,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     p.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints (default: 20)")
     p.add_argument("--log-groups", type=int, metavar="N", help="groups of each step in rollouts.jsonl (default: 2)")
+    p.add_argument("--test-stories", type=int, metavar="N", help="of each level in the toy's table (default: 300)")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, with its settings")
     group = p.add_argument_group("hyperparameters (a value per track where tracks differ; in brackets the source)")
     for f in dataclasses.fields(CLIPOConfig):
@@ -315,9 +313,9 @@ def draw_curves(metrics: list[dict], file: Path) -> None:
     plt.close(figure)
 
 
-def toy_table(base: dict, trained: dict) -> str:
-    """Base and trained model on every level, in percent with 95% intervals."""
-    lines = [f"{'greedy, ' + str(TEST_STORIES) + ' stories a level':32}{'base':>18}{'trained':>18}"]
+def toy_table(base: dict, trained: dict, count: int) -> str:
+    """Base and trained model on `count` stories of every level, in percent with 95% intervals."""
+    lines = [f"{f'greedy, {count} stories a level':32}{'base':>18}{'trained':>18}"]
     titles = {"answer": "answer right", "process": "process right", "lucky": "lucky (of the right)"}
     for level in base:
         for metric, title in titles.items():
@@ -337,15 +335,16 @@ def percent(successes: int, trials: int) -> str:
     z, p = 1.96, successes / trials
     centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * (p * (1 - p) / trials + z * z / (4 * trials * trials)) ** 0.5
-    return f"{100 * p:.0f}% [{100 * (centre - half):.0f}, {100 * (centre + half):.0f}]"
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return f"{100 * p:.0f}% [{100 * low:.0f}, {100 * high:.0f}]"
 
 
-def finish_toy(settings: Settings, trainer: CLIPO, out: Path, base) -> None:
+def finish_toy(settings: Settings, trainer: CLIPO, out: Path, base, count: int) -> None:
     """The table of base and trained model, and what to try next."""
-    results = [toy.evaluate(model, trainer.tokenizer, count=TEST_STORIES) for model in (base, trainer.policy)]
+    results = [toy.evaluate(model, trainer.tokenizer, count=count) for model in (base, trainer.policy)]
     evaluation = json.dumps({"base": results[0], "trained": results[1]}, indent=1)
     (out / "evaluation.json").write_text(evaluation, encoding="utf-8")
-    print(f"\n{toy_table(*results)}\n")
+    print(f"\n{toy_table(*results, count)}\n")
     print("P0 is like the training stories; P1 and P2 are longer, and there the friend is mostly wrong.")
     print("lucky: right answers that were reached by wrong steps.\n\nTry next:")
     if settings.config.weight > 0:
@@ -367,7 +366,7 @@ def run(given: dict) -> int:
         out = Path(given.get("out", default_out(settings)))
         if (out / "settings.json").exists():
             raise UserError(f"{out} already holds a run; go on with --resume --out {out}, or choose another --out")
-    for name in ("save_every", "log_groups", "warm_start_batches"):
+    for name in ("save_every", "log_groups", "warm_start_batches", "test_stories"):
         if given.get(name, 1) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {given[name]}; expected 1 or more")
     device = device_from(given.get("device"))
@@ -403,7 +402,8 @@ def run(given: dict) -> int:
         )
         return 130
     if settings.data == "toy":
-        finish_toy(settings, trainer, out, base=checkpoint.load_model(settings.model, device)[0])
+        base, _ = checkpoint.load_model(settings.model, device)
+        finish_toy(settings, trainer, out, base, given.get("test_stories", 300))
     print(f"\n{out} holds the model, metrics.jsonl, rollouts.jsonl and curves.png")
     return 0
 

@@ -1,7 +1,10 @@
 """Small models with random weights, made here: nothing is downloaded."""
 
+import os
 import sys
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported; no test may wait for a network
 
 import pytest
 import torch

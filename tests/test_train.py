@@ -1,0 +1,230 @@
+"""train.py as its users run it: real runs in a process of their own, small enough for two cores."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import DATA, ROOT, SIZE
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+import checkpoint
+import toy
+import train
+
+TINY_RUN = [
+    "--warm-start-batches", "3", "--prompts-per-step", "2", "--samples-per-prompt", "4", "--max-new-tokens", "8",
+    "--head-warmup-steps", "1", "--lr-warmup-steps", "1", "--test-stories", "10",
+]  # fmt: skip
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+
+
+def run(*arguments):
+    return subprocess.run(command(*arguments), capture_output=True, text=True)
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def without_timings(rows):
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory):
+    """Four steps in one go."""
+    folder = tmp_path_factory.mktemp("toy")
+    done = run(*TINY_RUN, "--steps", 4, "--out", folder / "whole")
+    assert done.returncode == 0, done.stderr
+    return folder / "whole", done.stdout
+
+
+def test_a_toy_run_leaves_everything_it_promises(toy_run):
+    out, stdout = toy_run
+    for level in toy.LEVELS:
+        assert re.search(rf"^{level} +answer right +\d+% \[\d+, \d+\] +\d+% \[\d+, \d+\]$", stdout, re.M)
+    assert "python train.py --weight 0" in stdout
+    metrics = lines(out / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4]
+    assert {"reward", "accuracy", "process", "contrastive_loss", "on_floor", "entropy", "seconds"} <= set(metrics[0])
+    rollouts = lines(out / "rollouts.jsonl")
+    assert [row["step"] for row in rollouts] == [1, 1, 2, 2, 3, 3, 4, 4]
+    one = rollouts[0]["rollouts"]
+    assert len(one) == 4
+    assert set(one[0]) == {
+        "text", "correct", "sound", "anchor", "contrastive_loss", "contrastive_reward", "reward", "advantage"
+    }  # fmt: skip
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    evaluation = json.loads((out / "evaluation.json").read_text())
+    assert set(evaluation["trained"]) == set(toy.LEVELS)
+
+
+def test_the_saved_folder_opens_with_from_pretrained(toy_run):
+    out, _ = toy_run
+    model = AutoModelForCausalLM.from_pretrained(out)
+    newest = checkpoint.checkpoints(out)[-1]
+    saved = AutoModelForCausalLM.from_pretrained(newest).state_dict()
+    assert all(torch.equal(p, saved[name]) for name, p in model.state_dict().items())
+    head = load_file(out / "head.safetensors")
+    assert [tuple(w.shape) for w in head.values()] == [(512, 128)]
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["data"] == "toy" and settings["config"]["steps"] == 4
+    text = "Tom has 3 coins. How many coins does Tom have now? Ann says 3"
+    assert checkpoint.load_tokenizer(str(out))(text)["input_ids"] == toy.make_tokenizer()(text)["input_ids"]
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(toy_run):
+    whole, _ = toy_run
+    parts = whole.parent / "parts"
+    assert run(*TINY_RUN, "--steps", 2, "--out", parts).returncode == 0
+    with (parts / "metrics.jsonl").open("a") as file:  # a step that was run but not saved
+        file.write(json.dumps({"step": 3, "reward": 9}) + "\n")
+    again = run("--resume", "--out", parts, "--steps", 4, "--test-stories", 10)
+    assert again.returncode == 0, again.stderr
+    assert without_timings(lines(parts / "metrics.jsonl")) == without_timings(lines(whole / "metrics.jsonl"))
+    assert lines(parts / "rollouts.jsonl") == lines(whole / "rollouts.jsonl")
+    for name in ("model.safetensors", "head.safetensors"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, toy_run, number):
+    out = tmp_path / "run"
+    model = next(toy_run[0].parent.glob("warm-start-*"))
+    process = subprocess.Popen(
+        command(*TINY_RUN, "--model", model, "--data", "toy", "--steps", 100000, "--out", out),
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(number)
+    stdout, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    steps = len(lines(out / "metrics.jsonl"))
+    assert f"saved after step {steps}; to go on: python train.py --resume --out {out}" in stdout
+    again = run("--resume", "--out", out, "--steps", steps + 1, "--test-stories", 10)
+    assert again.returncode == 0, again.stderr
+    assert len(lines(out / "metrics.jsonl")) == steps + 1
+
+
+def train_tokenizer(texts, chat_template=None):
+    """A byte-level BPE tokenizer of 400 tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<pad>", "<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    wrapped.chat_template = chat_template
+    return wrapped
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+SMALL = {**SIZE, "vocab_size": 400, "max_position_embeddings": 1024, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "model_class, config, template",
+    [(Qwen2ForCausalLM, Qwen2Config(**SMALL), TEMPLATE), (LlamaForCausalLM, LlamaConfig(**SMALL), None)],
+    ids=["qwen2", "llama"],
+)
+def test_real_gsm8k_questions(tmp_path, model_class, config, template):
+    data = DATA / "gsm8k_train.parquet"
+    if not data.is_file():
+        pytest.skip("gsm8k_train.parquet is not at hand")
+    torch.manual_seed(0)
+    model_class(config).save_pretrained(tmp_path / "model")
+    tokenizer = train_tokenizer([p.question for p in train.load_problems(str(data))[:500]], template)
+    tokenizer.save_pretrained(tmp_path / "model")
+    out = tmp_path / "run"
+    done = run(
+        "--model", tmp_path / "model", "--data", data, "--steps", 2, "--out", out, "--head-warmup-steps", 1,
+        "--prompts-per-step", 4, "--samples-per-prompt", 4, "--max-new-tokens", 12, "--lr", 1e-3,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    trained, base = (AutoModelForCausalLM.from_pretrained(f) for f in (out, tmp_path / "model"))
+    assert not torch.equal(trained.lm_head.weight, base.lm_head.weight)  # weight decay moves it even without reward
+    settings = json.loads((out / "settings.json").read_text())
+    assert (settings["track"], settings["config"]["beta"], settings["config"]["weight"]) == ("gsm8k", 0.001, 0.2)
+    first = lines(out / "rollouts.jsonl")[0]
+    assert first["question"] in {p.question for p in train.load_problems(str(data))}
+    assert AutoTokenizer.from_pretrained(out) is not None
+    question = first["question"]
+    assert checkpoint.load_tokenizer(str(out))(question)["input_ids"] == tokenizer(question)["input_ids"]
+
+
+def test_every_epoch_visits_every_prompt_once_in_its_own_order(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps({"question": f"How many {n}", "answer": str(n)}) + "\n" for n in range(10)))
+    config = train.CLIPOConfig(prompts_per_step=4)
+    task = train.DataTask(config, str(file), toy.make_tokenizer())
+    drawn = [p.answer for step in range(10) for p in task.problems(step)]
+    epochs = [drawn[i : i + 10] for i in range(0, 40, 10)]
+    assert all(sorted(e, key=int) == [str(n) for n in range(10)] for e in epochs)
+    assert len({tuple(e) for e in epochs}) == 4
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--lr", "-1"], "--lr is -1.0; expected at least 0"),
+        (["--samples-per-prompt", "1"], "--samples-per-prompt is 1; expected at least 2"),
+        (["--save-every", "0"], "--save-every is 0; expected 1 or more"),
+        (["--data", "gsm8k"], "--data is gsm8k but no --model is given"),
+        (["--resume"], "--resume is given without --out"),
+        (["--resume", "--out", "nowhere"], "nowhere holds no run to resume"),
+        (["--model", "."], "model . has no config.json"),
+        (["--model", "no/such-model"], "model no/such-model could not be opened"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
+        (["--device", "abacus"], "--device abacus cannot be used here"),
+        (["--out", "/proc/run"], "expected a folder that can be written"),
+    ],
+)
+def test_a_users_mistake_gets_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said and said.count("\n") == 1
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_a_folder_with_a_run_is_not_overwritten_and_other_settings_are_refused(toy_run, capsys):
+    out, _ = toy_run
+    before = (out / "metrics.jsonl").read_bytes()
+    assert train.main([*TINY_RUN, "--out", str(out)]) == 2
+    assert f"already holds a run; go on with --resume --out {out}" in capsys.readouterr().err
+    assert train.main(["--resume", "--out", str(out), "--weight", "0", "--seed", "3"]) == 2
+    assert "--weight was 1.0, given 0.0, --seed was 0, given 3" in capsys.readouterr().err
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_help_shows_every_setting_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0
+    for field in train.dataclasses.fields(train.CLIPOConfig):
+        assert f"--{field.name.replace('_', '-')}" in said
+        assert f"(default: {field.default}" in said
+    assert "(default: 512; math: 128; toy: 16)" in said
