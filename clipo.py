@@ -48,6 +48,18 @@ class Rollouts:
     hidden: Tensor  # (B, D) float32, mean last-layer state over the response tokens that were fed back
     group: Tensor  # (B,) long, which prompt
 
+    @classmethod
+    def blank(cls, group: Tensor, max_new_tokens: int, width: int, pad: int) -> Rollouts:
+        """Empty responses, to be filled in."""
+        shape = len(group), max_new_tokens  # (B, T)
+        return cls(
+            tokens=group.new_full(shape, pad),
+            mask=group.new_zeros(shape, dtype=torch.bool),
+            logprobs=group.new_zeros(shape, dtype=torch.float32),
+            hidden=group.new_zeros(len(group), width, dtype=torch.float32),
+            group=group,
+        )
+
     def select(self, rows: Tensor) -> Rollouts:
         """The given rows, (N,) long, cut to the longest response among them."""
         longest = int(self.mask[rows].sum(-1).max())
@@ -175,6 +187,62 @@ def prefill(model, prompts: Sequence[Sequence[int]], slots: int) -> KVCache:
     return cache
 
 
+checked_models: WeakSet = WeakSet()
+
+
+def check_model(model) -> None:
+    """Once per model: do prefill and decode with our cache give the logits of a plain forward pass? Else an error.
+
+    Some architectures keep other state than keys and values, count positions in their own way or scale their
+    logits. Two prompts of different length and two decode steps tell, whatever the reason, before any rollout.
+    """
+    if model in checked_models:
+        return
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    types = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    if depends_on_length := types & {"dynamic", "longrope"}:
+        raise NotImplementedError(
+            f"{type(model).__name__} cannot be served by KVCache: its rotary embedding ({depends_on_length.pop()}) "
+            "changes with the longest row of a batch; use a model with another rope_type"
+        )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    sequences = [[i % vocabulary for i in ids] for ids in ([3, 1, 4, 1, 5], [9, 2, 6])]
+    with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        expected = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0] for ids in sequences]
+        try:
+            cache = prefill(model, [ids[:-1] for ids in sequences], slots=5)
+            for back in (2, 1):  # feed the last token but one, then the last
+                token = torch.tensor([[ids[-back]] for ids in sequences], device=model.device)
+                position = torch.tensor([[len(ids) - back] for ids in sequences], device=model.device)
+                got = output_logits(model, last_states(model, token, position, cache, used=6 - back))[:, 0]
+                error = max((g - e[-back]).abs().max().item() for g, e in zip(got, expected, strict=True))
+                scale = max(e.abs().max().item() for e in expected)
+                if not error <= (1e-3 if model.dtype == torch.float32 else 0.1) * scale:
+                    raise ValueError(f"its logits are off by {error:.2g} (largest logit {scale:.2g})")
+        except (ValueError, AttributeError, TypeError, RuntimeError, IndexError) as reason:
+            raise ValueError(
+                f"{type(model).__name__} cannot be served by KVCache: {reason}. Expected a decoder-only model "
+                "that takes position_ids, a 4-D attention_mask and past_key_values, as Qwen2 and Llama do"
+            ) from reason
+    checked_models.add(model)
+
+
+def truncate(probs: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Zero all but the k likeliest (0: all), then all beyond the likeliest whose sum reaches p: (B, V) -> (B, V).
+
+    >>> truncate(torch.tensor([[0.5, 0.3, 0.2]]), top_k=0, top_p=0.6)
+    tensor([[0.5000, 0.3000, 0.0000]])
+    """
+    if 0 < top_k < probs.shape[-1]:
+        probs = probs.masked_fill(probs < probs.topk(top_k).values[:, -1:], 0)
+    if top_p < 1:
+        likeliest, order = probs.sort(descending=True)
+        before = likeliest.cumsum(-1) - likeliest  # the sum of all that is likelier
+        likeliest = likeliest.masked_fill(before >= top_p * likeliest.sum(-1, keepdim=True), 0)
+        probs = torch.zeros_like(probs).scatter(-1, order, likeliest)
+    return probs
+
+
 def sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     """Draw one token per row by inverse CDF: the first token whose cumulated probability exceeds the uniform number.
 
@@ -197,20 +265,21 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_
     return chosen, logprobs.gather(-1, chosen[:, None])[:, 0]
 
 
-def truncate(probs: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Zero all but the k likeliest (0: all), then all beyond the likeliest whose sum reaches p: (B, V) -> (B, V).
-
-    >>> truncate(torch.tensor([[0.5, 0.3, 0.2]]), top_k=0, top_p=0.6)
-    tensor([[0.5000, 0.3000, 0.0000]])
-    """
-    if 0 < top_k < probs.shape[-1]:
-        probs = probs.masked_fill(probs < probs.topk(top_k).values[:, -1:], 0)
-    if top_p < 1:
-        likeliest, order = probs.sort(descending=True)
-        before = likeliest.cumsum(-1) - likeliest  # the sum of all that is likelier
-        likeliest = likeliest.masked_fill(before >= top_p * likeliest.sum(-1, keepdim=True), 0)
-        probs = torch.zeros_like(probs).scatter(-1, order, likeliest)
-    return probs
+def check_generate_arguments(prompts, samples_per_prompt, max_new_tokens, stop, temperature, top_k, top_p) -> None:
+    """Raise ValueError with one line on the first argument of `generate` that is out of range."""
+    empty = [p for p, ids in enumerate(prompts) if not len(ids)]
+    for wrong, message in (
+        (not len(prompts), "prompts is empty; expected at least one list of token ids"),
+        (bool(empty), f"prompt {empty[0] if empty else ''} has no tokens; expected at least one"),
+        (samples_per_prompt < 1, f"samples_per_prompt is {samples_per_prompt}; expected 1 or more"),
+        (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}; expected 1 or more"),
+        (not len(stop), "eos_token_id is empty; expected the id (or ids) that ends a response"),
+        (not 0 <= temperature < math.inf, f"temperature is {temperature}; expected 0 (greedy) or a positive number"),
+        (top_k < 0, f"top_k is {top_k}; expected 0 (off) or more"),
+        (not 0 < top_p <= 1, f"top_p is {top_p}; expected a number in (0, 1]"),
+    ):
+        if wrong:
+            raise ValueError(message)
 
 
 @torch.no_grad()
@@ -234,37 +303,35 @@ def generate(
 
     Raises ValueError for arguments out of range, ValueError or NotImplementedError for a model that cannot be served.
     """
-    stop = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id), device=model.device)
+    stop = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     check_generate_arguments(prompts, samples_per_prompt, max_new_tokens, stop, temperature, top_k, top_p)
-    was_training = model.training
+    was_training, device = model.training, model.device
     model.eval()  # no dropout in rollouts
     check_model(model)
 
-    B, T, D = len(prompts) * samples_per_prompt, max_new_tokens, model.get_output_embeddings().in_features
-    group = torch.arange(len(prompts), device=model.device).repeat_interleave(samples_per_prompt)
-    uniform = torch.rand(B, T, generator=generator).to(model.device)
-    tokens = stop[0].repeat(B, T)
-    mask = torch.zeros(B, T, dtype=torch.bool, device=model.device)
-    logprobs = torch.zeros(B, T, device=model.device)
-    hidden = torch.zeros(B, D, device=model.device)
+    group = torch.arange(len(prompts), device=device).repeat_interleave(samples_per_prompt)  # (B,)
+    rollouts = Rollouts.blank(group, max_new_tokens, model.get_output_embeddings().in_features, pad=stop[0])
+    uniform = torch.rand(len(group), max_new_tokens, generator=generator).to(device)  # (B, T)
+    stop = torch.tensor(stop, device=device)
 
-    lengths = torch.tensor([len(p) for p in prompts], device=model.device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
     longest = int(lengths.max())
-    cache = prefill(model, prompts, slots=longest + T)
+    cache = prefill(model, prompts, slots=longest + max_new_tokens)
     cache.select(group)  # P rows -> B rows
-    token = torch.tensor([p[-1] for p in prompts], device=model.device)[group]  # (B,) the next to be fed
+    token = torch.tensor([p[-1] for p in prompts], device=device)[group]  # (B,) the next to be fed
     position = lengths[group] - 1  # (B,) its place in prompt + response
-    row = torch.arange(B, device=model.device)  # which rollout each row of the batch is
+    row = torch.arange(len(group), device=device)  # which rollout each row of the batch is
     alive = torch.ones_like(row, dtype=torch.bool)  # not ended yet
 
-    for t in range(T):
+    for t in range(max_new_tokens):
         state = last_states(model, token[:, None], position[:, None], cache, used=longest + t)[:, 0]  # (rows, D)
         token, logprob = sample(output_logits(model, state), uniform[row, t], temperature, top_k, top_p)
 
         live = row[alive]
-        tokens[live, t], logprobs[live, t], mask[live, t] = token[alive], logprob[alive], True
+        rollouts.tokens[live, t], rollouts.logprobs[live, t] = token[alive], logprob[alive]
+        rollouts.mask[live, t] = True
         # The state at t = 0 belongs to the prompt's last token: it only serves a response of one token.
-        hidden[live] = state[alive].float() + (hidden[live] if t > 1 else 0)
+        rollouts.hidden[live] = state[alive].float() + (rollouts.hidden[live] if t > 1 else 0)
 
         alive &= ~torch.isin(token, stop)
         position = position + 1
@@ -277,60 +344,8 @@ def generate(
             token, position, row, alive = token[alive], position[alive], row[alive], alive[alive]
 
     model.train(was_training)
-    length = mask.sum(-1)  # (B,)
-    hidden /= (length - 1).clamp(min=1)[:, None]
-    T = int(length.max())
-    return Rollouts(tokens[:, :T], mask[:, :T], logprobs[:, :T], hidden, group)
-
-
-def check_generate_arguments(prompts, samples_per_prompt, max_new_tokens, stop, temperature, top_k, top_p) -> None:
-    """Raise ValueError with one line on the first argument of `generate` that is out of range."""
-    empty = [p for p, ids in enumerate(prompts) if not len(ids)]
-    for wrong, message in (
-        (not len(prompts), "prompts is empty; expected at least one list of token ids"),
-        (bool(empty), f"prompt {empty[0] if empty else ''} has no tokens; expected at least one"),
-        (samples_per_prompt < 1, f"samples_per_prompt is {samples_per_prompt}; expected 1 or more"),
-        (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}; expected 1 or more"),
-        (not len(stop), "eos_token_id is empty; expected the id (or ids) that ends a response"),
-        (not 0 <= temperature < math.inf, f"temperature is {temperature}; expected 0 (greedy) or a positive number"),
-        (top_k < 0, f"top_k is {top_k}; expected 0 (off) or more"),
-        (not 0 < top_p <= 1, f"top_p is {top_p}; expected a number in (0, 1]"),
-    ):
-        if wrong:
-            raise ValueError(message)
-
-
-checked_models: WeakSet = WeakSet()
-
-
-def check_model(model) -> None:
-    """Once per model: do prefill and decode with our cache give the logits of a plain forward pass? If not, ValueError.
-
-    Some architectures keep other state than keys and values, count positions in their own way or scale their
-    logits. Two prompts of different length and two decode steps tell, whatever the reason, before any rollout.
-    """
-    if model in checked_models:
-        return
-    vocabulary = model.get_input_embeddings().num_embeddings
-    sequences = [[i % vocabulary for i in ids] for ids in ([3, 1, 4, 1, 5], [9, 2, 6])]
-    with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-        expected = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0] for ids in sequences]
-        try:
-            cache = prefill(model, [ids[:-1] for ids in sequences], slots=5)
-            for back in (2, 1):  # feed the last token but one, then the last
-                token = torch.tensor([[ids[-back]] for ids in sequences], device=model.device)
-                position = torch.tensor([[len(ids) - back] for ids in sequences], device=model.device)
-                got = output_logits(model, last_states(model, token, position, cache, used=6 - back))[:, 0]
-                error = max((g - e[-back]).abs().max().item() for g, e in zip(got, expected, strict=True))
-                scale = max(e.abs().max().item() for e in expected)
-                if not error <= (1e-3 if model.dtype == torch.float32 else 0.1) * scale:
-                    raise ValueError(f"its logits are off by {error:.2g} (largest logit {scale:.2g})")
-        except (ValueError, AttributeError, TypeError, RuntimeError, IndexError) as reason:
-            raise ValueError(
-                f"{type(model).__name__} cannot be served by KVCache: {reason}. Expected a decoder-only model "
-                "that takes position_ids, a 4-D attention_mask and past_key_values, as Qwen2 and Llama do"
-            ) from reason
-    checked_models.add(model)
+    rollouts.hidden /= (rollouts.mask.sum(-1, keepdim=True) - 1).clamp(min=1)  # sum -> mean
+    return rollouts.select(torch.arange(len(group), device=device))  # T becomes the longest response
 
 
 def response_logprobs(
@@ -351,7 +366,7 @@ def response_logprobs(
     row, t = rollouts.mask.nonzero(as_tuple=True)  # the N real response tokens
     start = torch.tensor([len(prompts[g]) for g in rollouts.group.tolist()], device=model.device)
     states = states[row, start[row] + t - 1]  # (B, S, D) -> (N, D): the state before each token predicts it
-    logits = output_logits(model, states).float() / temperature  # (N, V)
+    logits = output_logits(model, states).float() / (temperature or 1.0)  # (N, V)
     logprobs = -F.cross_entropy(logits, rollouts.tokens[row, t], reduction="none")  # (N,)
     return torch.zeros_like(rollouts.logprobs).index_put((row, t), logprobs)  # (N,) -> (B, T)
 
@@ -407,6 +422,12 @@ def group_rows(group: Tensor) -> tuple[Tensor, Tensor]:
     return index, valid
 
 
+def group_size(group: Tensor) -> Tensor:
+    """How many rows stand in each row's group: (B,) -> (B,) float."""
+    _, member, size = group.unique(return_inverse=True, return_counts=True)
+    return size[member].float()
+
+
 def group_mean(values: Tensor, group: Tensor) -> Tensor:
     """The mean over each row's group, for every row: (B, ...) -> (B, ...).
 
@@ -422,6 +443,11 @@ def infonce(similarity: Tensor, target: Tensor, positive: Tensor, negative: Tens
     """-s_ij + log sum over all others of exp(s_ia), mean over targets. All arguments (A, G), result (A,).
 
     Log-sum-exp over the allowed entries is exact; an epsilon inside the log is not (0.24 off for 16 random vectors).
+
+    An anchor, two positives at similarity 1 and a wrong one at 0: -1 + log(2e + 1).
+    >>> positive, negative = torch.tensor([[False, True, True, False]]), torch.tensor([[False, False, False, True]])
+    >>> infonce(torch.tensor([[20.0, 1.0, 1.0, 0.0]]), positive, positive, negative)
+    tensor([0.8620])
     """
     others = similarity.masked_fill(~(positive | negative), -math.inf).logsumexp(-1)
     return others - (similarity * target).sum(-1) / target.sum(-1)
@@ -431,6 +457,11 @@ def decoupled(similarity: Tensor, target: Tensor, positive: Tensor, negative: Te
     """log(1 + sum over wrong ones of exp(s_ik - s_ij)), mean over targets. All arguments (A, G), result (A,).
 
     No positive stands in another positive's denominator, so that perfect agreement gives 0, not log |P|.
+
+    The example of `infonce` again: log(1 + exp(0 - 1)).
+    >>> positive, negative = torch.tensor([[False, True, True, False]]), torch.tensor([[False, False, False, True]])
+    >>> decoupled(torch.tensor([[20.0, 1.0, 1.0, 0.0]]), positive, positive, negative)
+    tensor([0.3133])
     """
     wrong = similarity.masked_fill(~negative, -math.inf).logsumexp(-1, keepdim=True)  # (A, 1)
     return (F.softplus(wrong - similarity) * target).sum(-1) / target.sum(-1)
@@ -444,6 +475,12 @@ def known(name: str, given: str, names: Sequence[str]) -> None:
     """Raise ValueError, listing the known names, if `given` is none of them."""
     if given not in names:
         raise ValueError(f"{name} is {given!r}; expected one of: {', '.join(names)}")
+
+
+def draw_one(allowed: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One allowed entry per row, uniformly: (A, G) bool -> (A, G) bool with one True in each row."""
+    noise = torch.rand(allowed.shape, generator=generator).to(allowed.device)
+    return F.one_hot(noise.masked_fill(~allowed, -1).argmax(-1), allowed.shape[1]).bool()
 
 
 def contrastive_loss(
@@ -498,12 +535,6 @@ def contrastive_loss(
     return z.new_zeros(len(z)).index_put((rows,), loss), anchors
 
 
-def draw_one(allowed: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One allowed entry per row, uniformly: (A, G) bool -> (A, G) bool with one True in each row."""
-    noise = torch.rand(allowed.shape, generator=generator).to(allowed.device)
-    return F.one_hot(noise.masked_fill(~allowed, -1).argmax(-1), allowed.shape[1]).bool()
-
-
 def chance_level(correct: Tensor, group: Tensor, *, kind: str = "infonce") -> Tensor:
     """The loss (B,) of embeddings that tell nothing apart: log of how many stand in the softmax.
 
@@ -544,18 +575,6 @@ def contrastive_reward(
 # =====================================================================================================
 
 
-def group_advantages(rewards: Tensor, group: Tensor, *, scale_by_std: bool = True, eps: float = 1e-6) -> Tensor:
-    """Rewards (B,) -> advantages (B,), each against its own group; the std with Bessel's correction.
-
-    `scale_by_std=False` gives Dr. GRPO's advantage (arXiv:2503.20783). A group of one has advantage 0.
-
-    >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0, 3.0]), torch.tensor([0, 0, 0, 1, 1]))
-    tensor([ 1.1547, -0.5773, -0.5773, -0.7071,  0.7071])
-    """
-    centred = rewards - group_mean(rewards, group)
-    return centred / (group_std(rewards, group) + eps) if scale_by_std else centred
-
-
 def group_std(values: Tensor, group: Tensor) -> Tensor:
     """The standard deviation of each row's group, with Bessel's correction: (B,) -> (B,); 0 for a group of one.
 
@@ -567,10 +586,16 @@ def group_std(values: Tensor, group: Tensor) -> Tensor:
     return (mean_square * size / (size - 1).clamp(min=1)).sqrt()
 
 
-def group_size(group: Tensor) -> Tensor:
-    """How many rows stand in each row's group: (B,) -> (B,) float."""
-    _, member, size = group.unique(return_inverse=True, return_counts=True)
-    return size[member].float()
+def group_advantages(rewards: Tensor, group: Tensor, *, scale_by_std: bool = True, eps: float = 1e-6) -> Tensor:
+    """Rewards (B,) -> advantages (B,), each against its own group; the std with Bessel's correction.
+
+    `scale_by_std=False` gives Dr. GRPO's advantage (arXiv:2503.20783). A group of one has advantage 0.
+
+    >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0, 3.0]), torch.tensor([0, 0, 0, 1, 1]))
+    tensor([ 1.1547, -0.5773, -0.5773, -0.7071,  0.7071])
+    """
+    centred = rewards - group_mean(rewards, group)
+    return centred / (group_std(rewards, group) + eps) if scale_by_std else centred
 
 
 # =====================================================================================================
@@ -666,7 +691,6 @@ class CLIPOConfig:
     lr_warmup_steps: int = setting(0, "policy steps over which lr rises linearly", "authors' code", low=0)
     weight_decay: float = setting(0.01, "policy weight decay", "verl's default", low=0)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", "authors' code", above=0)
-    policy_loss: str = setting("grpo", "policy loss", "paper", choices=["grpo"])
     clip_low: float = setting(0.2, "the ratio is clipped below 1 - this", "paper", low=0, high=1)
     clip_high: float = setting(0.2, "the ratio is clipped above 1 + this", "paper", low=0)
     beta: float = setting(0.001, "weight of the k3 KL to the frozen start; 0: no reference is kept", "paper", low=0)
@@ -741,6 +765,19 @@ class Scored:
     advantage: Tensor  # (B,) A
 
 
+def spread_within_groups(reward: Tensor, anchors: Tensor, group: Tensor) -> float | None:
+    """Mean over groups of the std of the anchors' contrastive rewards: what the reward can still tell apart.
+
+    >>> spread_within_groups(torch.tensor([1.0, 3.0, 0.0]), torch.tensor([True, True, False]), torch.zeros(3).long())
+    1.4142135381698608
+    """
+    if not anchors.any():
+        return None
+    group = group[anchors]
+    spread, size = group_std(reward[anchors], group), group_size(group)
+    return ((spread / size).sum() / (1 / size).sum()).item()  # each group counts once
+
+
 def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Rows in order of length, cut into batches of at most `budget` tokens, padding counted (a longer row is alone).
 
@@ -774,8 +811,8 @@ class CLIPO:
     """
 
     def __init__(self, policy, tokenizer, is_correct: Callable[[str, str], bool], config: CLIPOConfig):
-        check_model(policy)
         self.policy = policy.eval()  # no dropout, so that old and new log-probs are of one policy
+        check_model(policy)
         self.tokenizer, self.is_correct, self.config = tokenizer, is_correct, config
         self.stop_ids = end_of_sequence_ids(policy, tokenizer)
         self.reference = copy.deepcopy(policy).requires_grad_(False) if config.beta > 0 else None
@@ -791,7 +828,12 @@ class CLIPO:
         self.last: Scored | None = None
 
     def step(self, prompts: Sequence[Sequence[int]], answers: Sequence[str]) -> dict:
-        """One training step on P prompts (lists of token ids) and their answers; returns its metrics."""
+        """One training step on P prompts (lists of token ids) and their answers; returns its metrics.
+
+        Raises ValueError if there is not one answer to each prompt.
+        """
+        if len(prompts) != len(answers):
+            raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers; expected one answer to each prompt")
         seconds: dict[str, float] = {}
         with self.phase("rollout", seconds), self.mixed_precision():
             rollouts = self.sample(prompts)
@@ -844,7 +886,7 @@ class CLIPO:
         ids = [row[keep] for row, keep in zip(rollouts.tokens.cpu(), rollouts.mask.cpu(), strict=True)]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         correct = [self.is_correct(text, answers[g]) for text, g in zip(texts, rollouts.group.tolist(), strict=True)]
-        return texts, torch.tensor(correct, device=rollouts.group.device)
+        return texts, torch.tensor(correct, dtype=torch.bool, device=rollouts.group.device)
 
     def contrast(self, rollouts: Rollouts, correct: Tensor) -> tuple[Tensor, Tensor, Tensor, dict]:
         """Embed the rollouts, then train the head on them: z (B, E), L (B,), anchors (B,) from *before* its update."""
@@ -900,8 +942,7 @@ class CLIPO:
 
     def update_mini_batch(self, prompts: Sequence[Sequence[int]], rollouts: Rollouts, advantage: Tensor) -> dict:
         """One optimiser step; the gradient is gathered over micro-batches and does not depend on how they are cut."""
-        config = self.config
-        temperature = config.temperature
+        config, temperature = self.config, self.config.temperature
         lengths = rollouts.mask.sum(-1).tolist()
         tokens = sum(lengths)
         full = [len(prompts[g]) + n for g, n in zip(rollouts.group.tolist(), lengths, strict=True)]
@@ -916,7 +957,6 @@ class CLIPO:
                 part.logprobs,
                 advantage[rows],
                 part.mask,
-                kind=config.policy_loss,
                 clip_low=config.clip_low,
                 clip_high=config.clip_high,
             )
@@ -962,7 +1002,7 @@ class CLIPO:
             "on_floor": over_anchors(rc <= config.reward_floor),
             "anchors": int(anchors.sum()),
             "groups_without_contrast": 1 - share(group_mean(anchors.float(), rollouts.group) > 0),
-            "groups_without_advantage": share(group_std(scored.reward, rollouts.group) == 0),
+            "groups_without_advantage": share(group_std(scored.reward, rollouts.group) < 1e-6),
             # The mean surprise at one's own samples is an unbiased estimate of the entropy, and costs nothing.
             "entropy": -rollouts.logprobs.sum().item() / int(length.sum()),
             "response_length": length.float().mean().item(),
@@ -982,16 +1022,3 @@ class CLIPO:
         if self.policy.device.type == "cuda":
             torch.cuda.synchronize(self.policy.device)
         seconds[name] = time.perf_counter() - start
-
-
-def spread_within_groups(reward: Tensor, anchors: Tensor, group: Tensor) -> float | None:
-    """Mean over groups of the std of the anchors' contrastive rewards: what the reward can still tell apart.
-
-    >>> spread_within_groups(torch.tensor([1.0, 3.0, 0.0]), torch.tensor([True, True, False]), torch.zeros(3).long())
-    1.4142135381698608
-    """
-    if not anchors.any():
-        return None
-    group = group[anchors]
-    spread, size = group_std(reward[anchors], group), group_size(group)
-    return ((spread / size).sum() / (1 / size).sum()).item()  # each group counts once

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import PROMPTS, SIZE
 from scipy.stats import chisquare
-from transformers import AutoModelForCausalLM, CohereConfig, MambaConfig, Qwen3NextConfig
+from transformers import AutoModelForCausalLM, CohereConfig, LlamaConfig, MambaConfig, Qwen3NextConfig
 
 import clipo
 
@@ -169,6 +169,9 @@ REFUSED = {
         **{**SIZE, "num_hidden_layers": 4}, num_key_value_heads=2, head_dim=16, num_experts=2, num_experts_per_tok=1,
         moe_intermediate_size=16, shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=2,
         linear_key_head_dim=8, linear_value_head_dim=8,
+    ),
+    "rope that depends on the batch": LlamaConfig(
+        **SIZE, num_key_value_heads=2, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     ),
     "logit scale": CohereConfig(**SIZE, num_key_value_heads=2, logit_scale=0.3),
 }  # fmt: skip

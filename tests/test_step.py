@@ -255,3 +255,8 @@ def test_the_defaults_are_the_papers_constants():
     paper = CLIPOConfig.for_track("toy", paper=True)
     assert (paper.contrastive_kind, paper.weight, paper.center_hidden) == ("infonce", 0.2, False)
     assert CLIPOConfig.for_track("toy").contrastive_kind == "decoupled"
+
+
+def test_prompts_and_answers_must_pair_up():
+    with pytest.raises(ValueError, match="4 prompts but 3 answers"):
+        trainer().step(PROMPTS, ANSWERS[:3])
