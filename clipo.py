@@ -258,9 +258,7 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_
         chosen = logprobs.argmax(-1)
     else:
         cdf = truncate(logprobs.exp(), top_k, top_p).cumsum(-1)  # (B, V)
-        total = cdf[:, -1]
-        # Strictly below the total, or rounding could pick a last token of probability 0.
-        threshold = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+        threshold = uniform * cdf[:, -1]  # below the total, as uniform < 1
         chosen = torch.searchsorted(cdf, threshold[:, None], right=True)[:, 0]
     return chosen, logprobs.gather(-1, chosen[:, None])[:, 0]
 

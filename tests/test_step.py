@@ -260,3 +260,11 @@ def test_the_defaults_are_the_papers_constants():
 def test_prompts_and_answers_must_pair_up():
     with pytest.raises(ValueError, match="4 prompts but 3 answers"):
         trainer().step(PROMPTS, ANSWERS[:3])
+
+
+def test_every_step_and_purpose_has_random_numbers_of_its_own():
+    t = trainer()
+    drawn = [torch.rand(3, generator=t.random(purpose)).tolist() for purpose in (0, 1)]
+    t.step(PROMPTS, ANSWERS)
+    drawn += [torch.rand(3, generator=t.random(purpose)).tolist() for purpose in (0, 1)]
+    assert len({tuple(d) for d in drawn}) == 4
