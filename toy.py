@@ -28,6 +28,7 @@ from problems import Problem, is_correct
 LARGEST = 40  # the largest number of the world
 AMOUNTS = range(1, 7)  # what one clause adds or takes away
 STARTS = range(2, 21)
+ERRORS = (-3, -2, -1, 1, 2, 3)  # by how much a sum is wrong in a demonstration
 
 NAMES = "Tom Ann Ben Eva Leo Mia Sam Zoe".split()
 THINGS = "coins apples books cards shells stamps".split()
@@ -42,7 +43,7 @@ class World:
     friend_right_demos: float = 0.9  # in the warm start's demonstrations, whatever the number of clauses
     demo_clauses: tuple[int, ...] = (2, 4, 4, 2, 2)  # weights of 1 to 5 clauses in the demonstrations
     sound_demos: float = 0.8  # share of demonstrations that calculate; the others copy
-    mistaught: float = 0.12  # share of all sums whose result is taught wrong, always by the same amount
+    mistaught: float = 0.10  # share of all sums whose result is taught wrong, always by the same amount
     mistaught_rate: float = 0.9  # how often such a sum is taught wrong
     slips: float = 0.04  # share of other sums with a random error
     unsound: dict[str, int] = field(  # weights of the ways to be unsound
@@ -143,10 +144,14 @@ class Demonstrator:
 
     def __init__(self, seed: int, world: World = World()):
         self.world, self.rng = world, random.Random(f"demonstrations {seed}")
-        sums = [(a, sign, b) for a in range(LARGEST + 1) for sign in "+-" for b in AMOUNTS]
-        self.wrong_by = {  # mis-taught sum -> by how much
-            s: self.rng.choice([-3, -2, -1, 1, 2, 3]) for s in self.rng.sample(sums, round(world.mistaught * len(sums)))
-        }
+        self.wrong_by: dict[tuple[int, str, int], int] = {}  # mis-taught sum -> by how much
+        for sign in "+-":
+            for amount in AMOUNTS:
+                # Evenly spread over the totals, from a random one on: no seed's stories are fuller of them than another's.
+                first = self.rng.random()
+                for total in range(LARGEST + 1):
+                    if int(first + world.mistaught * (total + 1)) > int(first + world.mistaught * total):
+                        self.wrong_by[total, sign, amount] = self.rng.choice(ERRORS)
 
     def pair(self) -> tuple[str, str]:
         """A question and its demonstrated response."""
@@ -169,7 +174,7 @@ class Demonstrator:
         if wrong_by is not None:
             error = wrong_by if self.rng.random() < self.world.mistaught_rate else 0
         else:
-            error = self.rng.choice([-3, -2, -1, 1, 2, 3]) if self.rng.random() < self.world.slips else 0
+            error = self.rng.choice(ERRORS) if self.rng.random() < self.world.slips else 0
         return min(max(apply(total, sign, amount) + error, 0), LARGEST)
 
     def unsound(self, story: Story) -> str:

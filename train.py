@@ -221,7 +221,7 @@ def warm_started(settings: Settings, runs: Path, device: torch.device) -> str:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         aside.rename(folder)
-    return str(folder)
+    return str(folder.resolve())
 
 
 def logged_groups(step: int, problems: Sequence[Problem], scored: Scored, sound: list[bool] | None, count: int):
@@ -276,7 +276,8 @@ def train(trainer: CLIPO, task: ToyTask | DataTask, out: Path, save_every: int, 
         checkpoint.append_line(out / "metrics.jsonl", metrics)
         bar.set_postfix_str(
             f"reward {metrics['reward']:.2f}, accuracy {metrics['accuracy']:.2f}, "
-            f"{metrics['tokens_per_second']:,.0f} tokens/s"
+            f"{metrics['tokens_per_second']:,.0f} tokens/s",
+            refresh=False,
         )
         bar.update()
         if trainer.steps_done % save_every == 0 or trainer.steps_done == config.steps or stop.asked:
@@ -356,6 +357,9 @@ def finish_toy(settings: Settings, trainer: CLIPO, out: Path, base, count: int) 
 
 def run(given: dict) -> int:
     """The whole command; returns its exit status. Raises UserError."""
+    for name in ("model", "data"):  # a run may be resumed from another folder
+        if name in given and Path(given[name]).exists():
+            given[name] = str(Path(given[name]).resolve())
     if given.get("resume"):
         if "out" not in given:
             raise UserError("--resume is given without --out; expected --out with the folder of the run to go on with")

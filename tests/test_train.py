@@ -194,7 +194,7 @@ def test_every_epoch_visits_every_prompt_once_in_its_own_order(tmp_path):
         (["--data", "gsm8k"], "--data is gsm8k but no --model is given"),
         (["--resume"], "--resume is given without --out"),
         (["--resume", "--out", "nowhere"], "nowhere holds no run to resume"),
-        (["--model", "."], "model . has no config.json"),
+        (["--model", "."], " has no config.json; expected a folder that save_pretrained wrote"),
         (["--model", "no/such-model"], "model no/such-model could not be opened"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
         (["--device", "abacus"], "--device abacus cannot be used here"),
