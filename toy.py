@@ -147,7 +147,7 @@ class Demonstrator:
         self.wrong_by: dict[tuple[int, str, int], int] = {}  # mis-taught sum -> by how much
         for sign in "+-":
             for amount in AMOUNTS:
-                # Evenly spread over the totals, from a random one on: no seed's stories are fuller of them than another's.
+                # Evenly spread over the totals, from a random one on: no seed's stories hold more of them.
                 first = self.rng.random()
                 for total in range(LARGEST + 1):
                     if int(first + world.mistaught * (total + 1)) > int(first + world.mistaught * total):

@@ -358,7 +358,7 @@ def finish_toy(settings: Settings, trainer: CLIPO, out: Path, base, count: int) 
 def run(given: dict) -> int:
     """The whole command; returns its exit status. Raises UserError."""
     for name in ("model", "data"):  # a run may be resumed from another folder
-        if name in given and Path(given[name]).exists():
+        if name in given and Path(given[name]).exists() and given[name] not in ("toy", *HUB):
             given[name] = str(Path(given[name]).resolve())
     if given.get("resume"):
         if "out" not in given:
