@@ -509,7 +509,7 @@ def contrastive_loss(
     if not temperature > 0:
         raise ValueError(f"contrastive temperature is {temperature}; expected a positive number")
     index, valid = group_rows(group)
-    right = correct[index] & valid  # (P, G)
+    right = correct[index].bool() & valid  # (P, G)
     another = ~torch.eye(index.shape[1], dtype=torch.bool, device=z.device)
     positive = right[:, :, None] & right[:, None, :] & another  # (P, G, G): anchor, other
     negative = right[:, :, None] & (~right & valid)[:, None, :]
@@ -661,7 +661,7 @@ TRACKS: dict[str, dict] = {
     ),
     "toy": dict(
         steps=60, prompts_per_step=16, mini_batch_prompts=16, max_prompt_tokens=128, max_new_tokens=24,
-        lr=1e-4, lr_warmup_steps=5, beta=0.0, head_warmup_steps=10,
+        lr=1e-4, lr_warmup_steps=5, beta=0.0, head_warmup_steps=10, micro_batch_tokens=4096,
     ),
 }  # fmt: skip
 
@@ -834,12 +834,12 @@ class CLIPO:
             raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers; expected one answer to each prompt")
         seconds: dict[str, float] = {}
         with self.phase("rollout", seconds), self.mixed_precision():
-            rollouts = self.sample(prompts)
+            rollouts = self.roll_out(prompts)
         with self.phase("verify", seconds):
             texts, correct = self.verify(rollouts, answers)
         with self.phase("contrast", seconds):
             embedding, loss, anchors, head_metrics = self.contrast(rollouts, correct)
-            contrastive = self.contrastive_reward(loss, anchors, correct, rollouts.group)
+            contrastive = self.reward_agreement(loss, anchors, correct, rollouts.group)
         reward = correct.float() + contrastive
         advantage = group_advantages(reward, rollouts.group, scale_by_std=self.config.scale_by_std)
         with self.phase("update", seconds), self.mixed_precision():
@@ -867,7 +867,7 @@ class CLIPO:
         """This step's random numbers for one purpose, so that no purpose can disturb another's."""
         return torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.steps_done) * 2 + purpose)
 
-    def sample(self, prompts: Sequence[Sequence[int]]) -> Rollouts:
+    def roll_out(self, prompts: Sequence[Sequence[int]]) -> Rollouts:
         """G rollouts per prompt from the current policy."""
         return generate(
             self.policy,
@@ -909,7 +909,7 @@ class CLIPO:
             grad_norm = self.descend(self.head_optimizer, loss[anchors].mean())
         return *before, {"head_grad_norm": grad_norm}
 
-    def contrastive_reward(self, loss: Tensor, anchors: Tensor, correct: Tensor, group: Tensor) -> Tensor:
+    def reward_agreement(self, loss: Tensor, anchors: Tensor, correct: Tensor, group: Tensor) -> Tensor:
         """rc (B,) with this run's weight, caps and zero point."""
         config = self.config
         chance = chance_level(correct, group, kind=config.contrastive_kind) if config.reward_from_chance else 0.0

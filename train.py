@@ -287,7 +287,7 @@ def train(trainer: CLIPO, task: ToyTask | DataTask, out: Path, save_every: int, 
 
 
 def draw_curves(metrics: list[dict], file: Path) -> None:
-    """The learning curves of a run as a picture."""
+    """The learning curves of a run as a picture; the steps in which only the head learnt are shaded."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -308,8 +308,11 @@ def draw_curves(metrics: list[dict], file: Path) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), style, label=name.replace("_", " "))
                 axis.legend()
+        if warm_up := [row["step"] for row in metrics if row["policy_loss"] is None]:
+            axis.axvspan(min(warm_up) - 0.5, max(warm_up) + 0.5, color="0.92", zorder=0)
         axis.set(title=title, xlabel="step", ylabel=unit)
         axis.grid(alpha=0.3)
+    figure.suptitle(f"{file.parent.name} (shaded: head warm-up, the policy is left alone)")
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
@@ -420,6 +423,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # outside the training steps, or for the second time
+        print("stopped; what was saved before stays", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
