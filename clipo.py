@@ -665,7 +665,7 @@ TRACKS: dict[str, dict] = {
     ),
 }  # fmt: skip
 
-# The paper's constants leave the reward of nearly every anchor on its floor where groups are mostly correct. This
+# The paper's constants leave the reward of most anchors on its floor where groups are mostly correct. This
 # form says something there: embeddings without what the group shares, and a reward measured from chance.
 INFORMATIVE = dict(
     center_hidden=True, contrastive_kind="decoupled", contrastive_temperature=0.5, reward_from_chance=True,

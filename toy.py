@@ -4,7 +4,7 @@
     3 + 4 = 7 . 7 - 2 = 5 . #### 5
 
 The last remark is *the friend's answer*. The friend is nearly always right where we train (P0, 2 or 3 clauses) and
-mostly wrong on longer stories (P1, P2), so an outcome reward cannot tell a model that calculates from one that
+less and less on longer stories (P1, P2), so an outcome reward cannot tell a model that calculates from one that
 copies, and the longer stories can. Every step of a response can be checked here, so we measure exactly what a
 verifiable reward does not see: right answers that were reached by wrong steps.
 

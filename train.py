@@ -349,7 +349,7 @@ def finish_toy(settings: Settings, trainer: CLIPO, out: Path, base, count: int) 
     evaluation = json.dumps({"base": results[0], "trained": results[1]}, indent=1)
     (out / "evaluation.json").write_text(evaluation, encoding="utf-8")
     print(f"\n{toy_table(*results, count)}\n")
-    print("P0 is like the training stories; P1 and P2 are longer, and there the friend is mostly wrong.")
+    print("P0 is like the training stories; P1 and P2 are longer, and there the friend is right less and less.")
     print("lucky: right answers that were reached by wrong steps.\n\nTry next:")
     if settings.config.weight > 0:
         print("  python train.py --weight 0    plain GRPO: watch it learn to copy its friend")
