@@ -119,8 +119,9 @@ def append_line(file: Path, row: dict) -> None:
 
 
 def read_lines(file: Path) -> list[dict]:
-    """All lines of a JSONL file; [] where there is none."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    """All whole lines of a JSONL file ([] where there is none); one that a kill cut short has no end and is left."""
+    whole = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+    return [json.loads(line) for line in whole]
 
 
 def keep_until(file: Path, step: int) -> None:

@@ -677,7 +677,7 @@ INFORMATIVE = dict(
 class CLIPOConfig:
     """Every hyperparameter; the defaults are the paper's for GSM8K. Raises ValueError for a value out of range."""
 
-    steps: int = setting(84, "training steps, head warm-up included", "paper: 6 epochs of 14", low=0)
+    steps: int = setting(84, "training steps, head warm-up included", "paper: 6 epochs of 14", low=1)
     prompts_per_step: int = setting(512, "prompts in a step", "paper", low=1)
     mini_batch_prompts: int = setting(256, "prompts in one policy update at most", "paper", low=1)
     samples_per_prompt: int = setting(16, "rollouts of one prompt, the group size G", "paper", low=2)

@@ -358,24 +358,28 @@ def finish_toy(settings: Settings, trainer: CLIPO, out: Path, base, count: int) 
     print("  python train.py --seed 1      another warm start")
 
 
-def run(given: dict) -> int:
-    """The whole command; returns its exit status. Raises UserError."""
+def settings_and_folder(given: dict) -> tuple[Settings, Path]:
+    """What a new or resumed run computes, and where it is written. Raises UserError."""
+    for name in ("save_every", "log_groups", "warm_start_batches", "test_stories"):
+        if given.get(name, 1) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {given[name]}; expected 1 or more")
     for name in ("model", "data"):  # a run may be resumed from another folder
         if name in given and Path(given[name]).exists() and given[name] not in ("toy", *HUB):
             given[name] = str(Path(given[name]).resolve())
-    if given.get("resume"):
-        if "out" not in given:
-            raise UserError("--resume is given without --out; expected --out with the folder of the run to go on with")
-        out = Path(given["out"])
-        settings = settings_of_run(given, out)
-    else:
+    if not given.get("resume"):
         settings = settings_from(given)
         out = Path(given.get("out", default_out(settings)))
         if (out / "settings.json").exists():
             raise UserError(f"{out} already holds a run; go on with --resume --out {out}, or choose another --out")
-    for name in ("save_every", "log_groups", "warm_start_batches", "test_stories"):
-        if given.get(name, 1) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {given[name]}; expected 1 or more")
+        return settings, out
+    if "out" not in given:
+        raise UserError("--resume is given without --out; expected --out with the folder of the run to go on with")
+    return settings_of_run(given, Path(given["out"])), Path(given["out"])
+
+
+def run(given: dict) -> int:
+    """The whole command; returns its exit status. Raises UserError."""
+    settings, out = settings_and_folder(given)
     device = device_from(given.get("device"))
     config = settings.config
 

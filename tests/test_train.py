@@ -96,7 +96,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(toy_run):
     parts = whole.parent / "parts"
     assert run(*TINY_RUN, "--steps", 2, "--out", parts).returncode == 0
     with (parts / "metrics.jsonl").open("a") as file:  # a step that was run but not saved
-        file.write(json.dumps({"step": 3, "reward": 9}) + "\n")
+        file.write(json.dumps({"step": 3, "reward": 9}) + "\n" + '{"step": 4, "rew')  # and a line that a kill cut
     again = run("--resume", "--out", parts, "--steps", 4, "--test-stories", 10)
     assert again.returncode == 0, again.stderr
     assert without_timings(lines(parts / "metrics.jsonl")) == without_timings(lines(whole / "metrics.jsonl"))
