@@ -5,7 +5,7 @@ OUT/                          the newest model: config.json, model.safetensors, 
     settings.json             everything that was chosen, to run it again
     metrics.jsonl             a line per step
     rollouts.jsonl            some groups of each step
-    checkpoints/step-000060/  complete training states, the last two: the files above and trainer.pt
+    checkpoints/step-000060/  complete training states, the last two: model, tokenizer, head, trainer.pt
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def append_line(file: Path, row: dict) -> None:
 
 
 def read_lines(file: Path) -> list[dict]:
-    """All whole lines of a JSONL file ([] where there is none); one that a kill cut short has no end and is left."""
+    """All whole lines of a JSONL file ([] where there is none); one that a kill cut short is skipped."""
     whole = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
     return [json.loads(line) for line in whole]
 
