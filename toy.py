@@ -220,18 +220,8 @@ def write(steps: Sequence[tuple[int, str, int, int]], answer: int) -> str:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word, number or sign of the world."""
-    words = "has How many does have now says . ? + - = ####".split()
-    vocabulary = [
-        "<pad>",
-        "<eos>",
-        "<unk>",
-        *words,
-        *NAMES,
-        *THINGS,
-        *VERBS["+"],
-        *VERBS["-"],
-        *map(str, range(LARGEST + 1)),
-    ]
+    words = "<pad> <eos> <unk> has How many does have now says . ? + - = ####".split()
+    vocabulary = [*words, *NAMES, *THINGS, *VERBS["+"], *VERBS["-"], *map(str, range(LARGEST + 1))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")

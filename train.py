@@ -149,7 +149,8 @@ def settings_from(given: dict) -> Settings:
             track, paper=given.get("paper", False), **{n: given[n] for n in names if n in given}
         )
     except ValueError as reason:
-        raise UserError(f"--{str(reason).split(' ')[0].replace('_', '-')} {str(reason).partition(' ')[2]}") from reason
+        name, _, expected = str(reason).partition(" ")
+        raise UserError(f"--{name.replace('_', '-')} {expected}") from reason
     return Settings(
         given.get("model"),
         data,
@@ -264,7 +265,8 @@ def train(trainer: CLIPO, task: ToyTask | DataTask, out: Path, save_every: int, 
     """Run the remaining steps; False if a signal stopped them. The state is saved in any case."""
     config, stop = trainer.config, StopAsked()
     bar = tqdm(total=config.steps, initial=trainer.steps_done, desc=out.name)
-    while trainer.steps_done < config.steps and not stop.asked:
+    stopping = False
+    while trainer.steps_done < config.steps and not stopping:
         problems = task.problems(trainer.steps_done)
         prompts = [prompt_ids(trainer.tokenizer, p.question, task.suffix) for p in problems]
         metrics = trainer.step(prompts, [p.answer for p in problems])
@@ -280,10 +282,11 @@ def train(trainer: CLIPO, task: ToyTask | DataTask, out: Path, save_every: int, 
             refresh=False,
         )
         bar.update()
-        if trainer.steps_done % save_every == 0 or trainer.steps_done == config.steps or stop.asked:
+        stopping = stop.asked  # read once: a signal after this line is the next step's
+        if trainer.steps_done % save_every == 0 or trainer.steps_done == config.steps or stopping:
             checkpoint.save(trainer, out)
     bar.close()
-    return not stop.asked
+    return trainer.steps_done >= config.steps
 
 
 def draw_curves(metrics: list[dict], file: Path) -> None:
@@ -301,6 +304,7 @@ def draw_curves(metrics: list[dict], file: Path) -> None:
         "Entropy": ("nats per token", ("entropy",)),
         "Length of a response": ("tokens", ("response_length",)),
     }
+    warm_up = [row["step"] for row in metrics if row["policy_loss"] is None]
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     for axis, (title, (unit, names)) in zip(axes.flat, panels.items(), strict=True):
         for name, style in zip(names, ("-", "--", ":"), strict=False):
@@ -308,7 +312,7 @@ def draw_curves(metrics: list[dict], file: Path) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), style, label=name.replace("_", " "))
                 axis.legend()
-        if warm_up := [row["step"] for row in metrics if row["policy_loss"] is None]:
+        if warm_up:
             axis.axvspan(min(warm_up) - 0.5, max(warm_up) + 0.5, color="0.92", zorder=0)
         axis.set(title=title, xlabel="step", ylabel=unit)
         axis.grid(alpha=0.3)
