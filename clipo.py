@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
+from typing import NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -233,7 +234,7 @@ def weight_first(layer: nn.Linear, inputs: Tensor) -> Tensor:
     """x W^T + b, computed as (W x^T)^T: (..., in) -> (..., out). For few rows and a large W on a CPU.
 
     The BLAS library cuts a product along the rows of its first matrix. A decode step has few rows of x; W has
-    thousands. A 0.5B model decodes 16 rows in 0.6 of the time (measured on two AMD Zen 3 cores).
+    thousands. A 0.5B model in float32 decodes 8 rows in 0.6 of the time (two AMD Zen 4 cores); bfloat16 gains nothing.
     """
     rows = inputs.flatten(0, -2)  # (..., in) -> (rows, in)
     outputs = (layer.weight @ rows.t()).t().contiguous().unflatten(0, inputs.shape[:-1])
@@ -242,9 +243,10 @@ def weight_first(layer: nn.Linear, inputs: Tensor) -> Tensor:
 
 @contextmanager
 def serving(model):
-    """For rollouts: no dropout, `cached_attention`, and on a CPU `weight_first` where it pays (weights over 8 MB)."""
+    """For rollouts: no dropout, `cached_attention`, and `weight_first` where it pays (float32 on a CPU, over 8 MB)."""
     was_training, attention = model.training, model.config._attn_implementation
-    linear = [layer for layer in model.modules() if type(layer) is nn.Linear and model.device.type == "cpu"]
+    on_cpu = model.device.type == "cpu" and model.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    linear = [layer for layer in model.modules() if type(layer) is nn.Linear and on_cpu]
     large = [layer for layer in linear if layer.weight.numel() >= 2**21 and "forward" not in vars(layer)]
     model.eval()
     model.config._attn_implementation = "clipo"
@@ -395,6 +397,20 @@ def check_generate_arguments(
             raise ValueError(message)
 
 
+class Pace(NamedTuple):
+    """When the decode loop stops to look, which costs time, and to drop what has ended, which saves some."""
+
+    steps: int  # tokens per rollout between two looks at which of them ended
+    bucket: int  # attention runs over the used slots, rounded up to a multiple of this
+    working_share: float  # the rows of ended rollouts are dropped once at most this share of all rows still works
+
+
+# On a CPU looking is free. Dropping at every look takes 1.0 to 1.3 times as long as at 0.9, never dropping 1.6 to 2.9
+# times (1M, 34M and 0.5B models, ragged lengths). On a GPU the host waits for every look, and every number of rows or
+# of used slots is one more graph to capture; those three numbers are a choice, not a measurement.
+PACE = {"cpu": Pace(steps=1, bucket=1, working_share=0.9), "cuda": Pace(steps=16, bucket=256, working_share=0.5)}
+
+
 class Batch:
     """The rollouts under way, one per row of the KV cache.
 
@@ -402,10 +418,8 @@ class Batch:
     them pays for moving the others together. Then waiting rollouts, if there are any, take the free rows.
     """
 
-    working_share = 0.75  # rows are dropped once at most this share of them works
-
-    def __init__(self, prompts: Sequence[Sequence[int]], group: Tensor, max_rows: int, max_new_tokens: int):
-        self.prompts, self.group, self.max_new_tokens = prompts, group, max_new_tokens
+    def __init__(self, prompts: Sequence[Sequence[int]], group: Tensor, max_rows: int, max_new_tokens: int, pace: Pace):
+        self.prompts, self.group, self.max_new_tokens, self.pace = prompts, group, max_new_tokens, pace
         self.slots = max(map(len, prompts)) + max_new_tokens
         self.cache = KVCache(max_rows, self.slots)
         self.rows = 0  # how many rows, from the first on, are in use
@@ -431,7 +445,7 @@ class Batch:
         The host waits for the device here, and nowhere else.
         """
         working = (self.table[0, : self.rows] != self.spare).nonzero()[:, 0]
-        if len(working) > self.working_share * self.rows:
+        if len(working) > self.pace.working_share * self.rows:
             return True
         self.keep(working)
         new, self.waiting = self.waiting.tensor_split([self.cache.rows - self.rows])
@@ -455,10 +469,10 @@ class Batch:
         self.table[:, self.rows : self.rows + len(new)] = torch.stack([new, 0 * new, token, length - 1])
         self.rows += len(new)
 
-    def reach(self, steps: int, bucket: int) -> int:
-        """How many slots the next steps use, rounded up to a multiple of `bucket`: attention runs over no more."""
-        furthest = int(self.next(self.rows)[3].max()) + steps
-        self.used = min(-(-furthest // bucket) * bucket, self.slots)
+    def reach(self) -> int:
+        """How many slots are used until the next look, rounded up to full buckets: attention runs over no more."""
+        furthest = int(self.next(self.rows)[3].max()) + self.pace.steps
+        self.used = min(math.ceil(furthest / self.pace.bucket) * self.pace.bucket, self.slots)
         return self.used
 
 
@@ -494,7 +508,8 @@ def generate(
     device, width = model.device, model.get_output_embeddings().in_features
     group = torch.arange(len(prompts), device=device).repeat_interleave(samples_per_prompt)  # (B,)
     count = len(group)
-    batch = Batch(prompts, group, min(count, max_batch or count), max_new_tokens)
+    pace = PACE.get(device.type, PACE["cuda"])
+    batch = Batch(prompts, group, min(count, max_batch or count), max_new_tokens, pace)
     rollouts = Rollouts.blank(F.pad(group, (0, 1)), max_new_tokens, width, pad=stop[0])  # B + 1: one is the spare
     uniform = torch.rand(count + 1, max_new_tokens, generator=generator).to(device)  # (B + 1, T)
     stop = torch.tensor(stop, device=device)
@@ -507,13 +522,11 @@ def generate(
         rollouts.write(rollout, t, token, logprob, state)
         batch.advance(token, ended=(token[:, None] == stop).any(-1))
 
-    on_gpu = device.type == "cuda"
-    steps, bucket = (16, 256) if on_gpu else (1, 1)  # on a GPU, looking for ended rows waits, and each size is a graph
     with serving(model):
-        run = CapturedSteps(step) if on_gpu and cuda_graphs else step
+        run = CapturedSteps(step) if device.type == "cuda" and cuda_graphs else step
         while batch.refill(model):  # prefill
-            used = batch.reach(steps, bucket)
-            for _ in range(steps):  # decode, sample, stop
+            used = batch.reach()
+            for _ in range(pace.steps):  # decode, sample, stop
                 run(batch.rows, used)
 
     rollouts.hidden /= (rollouts.mask.sum(-1, keepdim=True) - 1).clamp(min=1)  # sum -> mean
@@ -836,6 +849,7 @@ TRACKS: dict[str, dict] = {
     "toy": dict(
         steps=60, prompts_per_step=16, mini_batch_prompts=16, max_prompt_tokens=128, max_new_tokens=24,
         lr=1e-4, lr_warmup_steps=5, beta=0.0, head_warmup_steps=10, micro_batch_tokens=4096,
+        compute_dtype="float32",  # bfloat16 gains a fifth at this size, and not every CPU has it
     ),
 }  # fmt: skip
 
@@ -882,10 +896,12 @@ class CLIPOConfig:
     head_steps: int = setting(1, "head updates per step; the reward is from before them", "paper: 1; ours: 4", low=1)
     head_warmup_steps: int = setting(14, "first steps, in which only the head learns (weight > 0)", "paper", low=0)
 
+    max_batch: int = setting(256, "rollouts under way at once; the others wait for a free row", "memory only", low=1)
+    cuda_graphs: bool = setting(True, "replay decode steps as CUDA graphs (on a GPU)", "speed only")
     micro_batch_tokens: int = setting(16384, "prompt + response tokens in a forward and backward", "memory only", low=1)
     compute_dtype: str = setting(
         "auto",
-        "dtype of matrix products (weights and optimiser stay float32); auto: bfloat16 on a GPU",
+        "dtype of matrix products (weights and optimiser stay float32); auto: bfloat16 where the device computes in it",
         "authors' code: bfloat16",
         choices=["auto", "float32", "bfloat16"],
     )
@@ -974,6 +990,11 @@ def end_of_sequence_ids(model, tokenizer) -> list[int]:
     return [ids] if isinstance(ids, int) else list(ids)
 
 
+def computes_in_bfloat16(device: str) -> bool:
+    """Does this kind of device have bfloat16 instructions? (Some CPUs: a 34M model's step takes 0.4 of the time.)"""
+    return device == "cuda" or (device == "cpu" and torch.cpu._is_avx512_bf16_supported())
+
+
 class CLIPO:
     """The trainer: policy, frozen reference, contrastive head and two optimisers; `step` is one training step.
 
@@ -1051,6 +1072,8 @@ class CLIPO:
             eos_token_id=self.stop_ids,
             temperature=self.config.temperature,
             generator=self.random(0),
+            max_batch=self.config.max_batch,
+            cuda_graphs=self.config.cuda_graphs,
         )
 
     def verify(self, rollouts: Rollouts, answers: Sequence[str]) -> tuple[list[str], Tensor]:
@@ -1183,8 +1206,9 @@ class CLIPO:
 
     def mixed_precision(self):
         """bfloat16 matrix products over float32 weights: in bfloat16 weights, an update of 1e-6 would round away."""
-        bf16 = {"auto": self.policy.device.type == "cuda", "float32": False, "bfloat16": True}
-        return torch.autocast(self.policy.device.type, torch.bfloat16, enabled=bf16[self.config.compute_dtype])
+        device = self.policy.device.type
+        bf16 = {"auto": computes_in_bfloat16(device), "float32": False, "bfloat16": True}
+        return torch.autocast(device, torch.bfloat16, enabled=bf16[self.config.compute_dtype])
 
     @contextmanager
     def phase(self, name: str, seconds: dict[str, float]):

@@ -135,8 +135,8 @@ def test_reward_clips_at_both_ends_and_is_measured_from_chance():
 
 @pytest.mark.parametrize("mlp, layers", [(False, 1), (True, 2)])
 def test_head_gives_unit_vectors_of_bias_free_layers(mlp, layers):
-    head = clipo.ContrastiveHead(6, d_embed=9, mlp=mlp)
-    hidden = torch.randn(4, 6)
+    head = clipo.ContrastiveHead(64, d_embed=9, mlp=mlp)  # wide: a row of which every ReLU is dead has no direction
+    hidden = torch.randn(4, 64)
     z = head(hidden)
     assert z.shape == (4, 9)
     torch.testing.assert_close(z.norm(dim=-1), torch.ones(4))

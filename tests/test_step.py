@@ -16,7 +16,7 @@ TOKENIZER = toy.make_tokenizer()
 ANSWERS = ["unused"] * len(PROMPTS)
 SMALL = {
     "prompts_per_step": 4, "mini_batch_prompts": 4, "samples_per_prompt": 6, "max_new_tokens": 8, "lr": 1e-3,
-    "head_warmup_steps": 0, "d_embed": 16, "beta": 0.0,
+    "head_warmup_steps": 0, "d_embed": 16, "beta": 0.0, "compute_dtype": "float32",
 }  # fmt: skip
 
 

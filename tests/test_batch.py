@@ -1,0 +1,157 @@
+"""What the rollout loop does for speed changes nothing in what it returns."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CONFIGS, PROMPTS, SIZE, make_model
+from torch import nn
+
+import clipo
+
+EOS = [1, 3, 17, 31]
+
+
+def roll_out(model, **chosen):
+    given = dict(samples_per_prompt=5, max_new_tokens=24, eos_token_id=EOS, generator=torch.Generator().manual_seed(3))
+    return clipo.generate(model, PROMPTS, **{**given, **chosen})
+
+
+def assert_same(got, expected):
+    assert torch.equal(got.mask, expected.mask)
+    assert torch.equal(got.tokens, expected.tokens)
+    assert torch.equal(got.group, expected.group)
+    torch.testing.assert_close(got.logprobs, expected.logprobs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got.hidden, expected.hidden, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("max_batch", [1, 3, 7, 100])
+def test_waves_give_the_same_rollouts(model, max_batch):
+    expected = roll_out(model)
+    lengths = expected.mask.sum(-1)
+    assert lengths.min() < lengths.max()
+    assert_same(roll_out(model, max_batch=max_batch), expected)
+
+
+@pytest.mark.parametrize("max_batch", [3, None])
+@pytest.mark.parametrize(
+    "pace",
+    [
+        clipo.Pace(steps=16, bucket=8, working_share=0.5),  # rows go on long after their rollout ended
+        clipo.Pace(steps=3, bucket=256, working_share=0.0),  # until nobody works
+        clipo.Pace(steps=1, bucket=1, working_share=0.999),  # never
+    ],
+)
+def test_any_pace_gives_the_same_rollouts(model, pace, max_batch, monkeypatch):
+    expected = roll_out(model)
+    monkeypatch.setitem(clipo.PACE, "cpu", pace)
+    assert_same(roll_out(model, max_batch=max_batch), expected)
+
+
+@pytest.mark.parametrize("max_batch", [6, None])
+def test_rows_stay_within_max_batch_and_nine_in_ten_of_them_work(qwen2, max_batch, monkeypatch):
+    rows = []
+
+    def counted(model, tokens, *others, **named):
+        rows.extend([len(tokens)] * (tokens.shape[1] == 1 and not named))  # decode steps, not prefill
+        return last_states(model, tokens, *others, **named)
+
+    last_states = clipo.last_states
+    monkeypatch.setattr(clipo, "last_states", counted)
+    rollouts = roll_out(qwen2, max_batch=max_batch)
+    assert max(rows) == (max_batch or 20)
+    assert rollouts.mask.sum() <= sum(rows) <= rollouts.mask.sum() / clipo.PACE["cpu"].working_share
+
+
+def test_a_rollout_that_ends_at_once_makes_room(qwen2):
+    first = roll_out(qwen2, samples_per_prompt=1, max_new_tokens=1, temperature=0).tokens[:, 0].tolist()
+    got = roll_out(qwen2, eos_token_id=first, temperature=0, max_batch=2)
+    assert got.tokens.tolist() == [[token] for token in first for _ in range(5)]
+
+
+def test_the_cache_copies_rows_within_itself():
+    source, target = clipo.KVCache(4, 3), clipo.KVCache(4, 5)
+    for cache in (source, target):
+        cache.begin(torch.arange(3)[None], used=3)
+        cache.update(torch.randn(4, 2, 3, 6), torch.randn(4, 2, 3, 6), 0)
+    keys = source.layers[0][0].clone()
+    target.copy(source, torch.tensor([3, 3, 1]), first=1, slots=3)
+    assert torch.equal(target.layers[0][0][1:, :, :3], keys[[3, 3, 1]])
+    source.copy(source, torch.tensor([1, 2]), first=0, slots=2)  # read and written places overlap
+    assert torch.equal(source.layers[0][0][:2, :, :2], keys[[1, 2], :, :2])
+    assert torch.equal(source.layers[0][0][:, :, 2], keys[:, :, 2])
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_attention_without_repeated_keys_equals_attention_with(heads, softcap):
+    key, value = torch.randn(2, 3, heads, 7, 8).unbind(0)
+    mask = clipo.attention_mask(torch.tensor([[6], [3], [0]]), 7, None, torch.float32)
+    query = torch.randn(3, 4, 1, 8)
+    repeated = [kv.repeat_interleave(4 // heads, dim=1) for kv in (key, value)]
+    scores = query @ repeated[0].transpose(2, 3) * 0.3
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    expected = ((scores + mask).softmax(-1) @ repeated[1]).transpose(1, 2)
+    got, _ = clipo.cached_attention(None, query, key, value, mask, scaling=0.3, softcap=softcap)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_weight_first_is_a_linear_layer(bias):
+    layer, inputs = nn.Linear(30, 20, bias=bias), torch.randn(3, 4, 30)
+    got = clipo.weight_first(layer, inputs)
+    assert got.is_contiguous()
+    torch.testing.assert_close(got, F.linear(inputs, layer.weight, layer.bias))
+
+
+def large_model():
+    """Its output layer has 2**21 weights, enough for `weight_first`."""
+    return make_model(type(CONFIGS["qwen2"])(**{**SIZE, "vocab_size": 2**16}, num_key_value_heads=2))
+
+
+def test_large_layers_are_served_weight_first_and_give_the_same_tokens():
+    model = large_model()
+    with clipo.serving(model):
+        assert [name for name, layer in model.named_modules() if "forward" in vars(layer)] == ["lm_head"]
+    got = clipo.generate(model, [[5, 9]], samples_per_prompt=1, max_new_tokens=9, eos_token_id=0, temperature=0)
+    expected = model.generate(torch.tensor([[5, 9]]), do_sample=False, max_new_tokens=9, eos_token_id=0)
+    assert got.tokens[0].tolist() == expected[0, 2:].tolist()
+
+
+def test_bfloat16_products_are_left_to_the_library():
+    with torch.autocast("cpu", torch.bfloat16), clipo.serving(model := large_model()):
+        assert "forward" not in vars(model.lm_head)
+    with clipo.serving(model.bfloat16()):
+        assert "forward" not in vars(model.lm_head)
+
+
+def test_the_model_is_left_as_it_was_even_after_an_error(monkeypatch):
+    model = large_model().train()
+    attention = model.config._attn_implementation
+    for broken in (False, True):
+        if broken:
+            monkeypatch.setattr(clipo, "sample", lambda *_: 1 / 0)
+        try:
+            clipo.generate(model, PROMPTS, samples_per_prompt=1, max_new_tokens=2, eos_token_id=1)
+        except ZeroDivisionError:
+            assert broken
+        assert model.training and model.config._attn_implementation == attention
+        assert not any("forward" in vars(layer) for layer in model.modules())
+
+
+def test_bfloat16_weights(qwen2):
+    model = copy.deepcopy(qwen2).bfloat16()
+    got = roll_out(model)
+    assert got.logprobs.dtype == got.hidden.dtype == torch.float32
+    with torch.no_grad():
+        exact = clipo.response_logprobs(qwen2, PROMPTS, got)
+    assert (got.logprobs - exact).abs().mean() < 0.2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graphs_give_the_same_rollouts(model):
+    model = copy.deepcopy(model).cuda()
+    expected = roll_out(model, max_new_tokens=64, cuda_graphs=False)
+    for max_batch in (3, None):
+        assert_same(roll_out(model, max_new_tokens=64, max_batch=max_batch), expected)
