@@ -1,0 +1,555 @@
+"""How fast is it, and how far from what the machine could do? Both sides in one process, medians of several runs.
+
+    python -m lab.bench                          # all that this machine can measure; about 20 minutes on two CPU cores
+    python -m lab.bench rollouts step            # only these tables
+    python -m lab.bench --quick                  # does every table still work? Seconds; its numbers mean nothing
+    python -m lab.bench --json bench.json --chart step.png
+    pip install -r lab/requirements.txt          # first, for the table `trl`
+
+The models have random weights: speed does not depend on their values. Responses end at random, a third of the longest
+on average, because that is what rollouts do and what padding wastes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+
+import clipo
+from clipo import CLIPO, CLIPOConfig
+
+# name: vocabulary, width, feed-forward, layers, heads, key/value heads. The last two are Qwen2.5's.
+SIZES = {
+    "1M": (512, 128, 512, 4, 4, 2),
+    "34M": (4096, 512, 1536, 10, 8, 2),
+    "0.5B": (151_936, 896, 4864, 24, 14, 2),
+    "1.5B": (151_936, 1536, 8960, 28, 12, 2),
+}
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one run of a table does: P prompts of 16 to 64 tokens, G rollouts each, of T tokens at most."""
+
+    size: str
+    P: int
+    G: int
+    T: int
+
+    def __str__(self):
+        return f"{self.size}, {self.P} x {self.G} rollouts, up to {self.T} tokens"
+
+
+@dataclass
+class Machine:
+    device: torch.device
+    dtype: torch.dtype
+    runs: int  # measured runs of each side; the table has their median
+    quick: bool
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        self.wait()
+        start = time.perf_counter()
+        work()
+        self.wait()
+        return time.perf_counter() - start
+
+    def forget_peak(self) -> None:
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif sys.platform == "linux":
+            Path("/proc/self/clear_refs").write_text("5")  # the kernel's own way to reset VmHWM
+
+    def peak(self) -> float | None:
+        """GB at most since `forget_peak`: allocated on the GPU, or resident in the whole process."""
+        if self.on_gpu:
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        if sys.platform != "linux":
+            return None
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+
+    def rates(self) -> tuple[float, float]:
+        """What it reaches at its best: flops per second of a large matrix product, bytes per second of a large copy."""
+        n, megabytes = (8192, 1024) if self.on_gpu else (512 if self.quick else 2048, 256)
+        a = torch.randn(n, n, device=self.device, dtype=self.dtype)
+        source = torch.zeros(megabytes * 2**20, dtype=torch.uint8, device=self.device)
+        target = source.clone()
+        product = min(self.seconds(lambda: a @ a) for _ in range(6))
+        copied = min(self.seconds(lambda: target.copy_(source)) for _ in range(6))
+        return 2 * n**3 / product, 2 * len(source) / copied  # a copy reads and writes
+
+    def describe(self) -> dict:
+        name = torch.cuda.get_device_name(self.device) if self.on_gpu else processor()
+        return {
+            "processor": name,
+            "threads": torch.get_num_threads(),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "commit": commit(),
+        }
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+    features = torch.backends.cpu.get_cpu_capability() + ", bfloat16" * clipo.computes_in_bfloat16("cpu")
+    return f"{os.cpu_count()} x {name} ({features})"
+
+
+def commit() -> str:
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def compare(machine: Machine, sides: dict[str, Callable[[int], object]]) -> dict[str, list[float]]:
+    """Seconds of every run of each side. They take turns, so that a slow minute of the machine hits all of them."""
+    times = {name: [] for name in sides}
+    for run in range(-1, machine.runs):
+        for name, side in sides.items():
+            seconds = machine.seconds(lambda side=side, run=run: side(run))
+            if run >= 0:  # the first of each only warms up
+                times[name].append(seconds)
+    return times
+
+
+def make_model(size: str, machine: Machine, dtype: torch.dtype | None = None):
+    vocabulary, width, feed_forward, layers, heads, kv_heads = SIZES[size]
+    config = Qwen2Config(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=feed_forward, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=True, eos_token_id=1,
+        pad_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype or machine.dtype)
+    return model.to(machine.device).eval()
+
+
+def make_prompts(load: Load) -> list[list[int]]:
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randint(16, 65, (load.P,), generator=g).tolist()
+    return [torch.randint(2, SIZES[load.size][0], (n,), generator=g).tolist() for n in lengths]
+
+
+def ending_ids(load: Load) -> list[int]:
+    """So many ids end a response that its mean length is about T / 3 under a nearly uniform policy."""
+    return list(range(1, 1 + max(1, round(3 * SIZES[load.size][0] / load.T))))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Rollouts against transformers
+# ----------------------------------------------------------------------------------------------------
+
+
+def by_transformers(model, prompts: Sequence[Sequence[int]], load: Load, eos: list[int], **chosen) -> Callable:
+    """The same rollouts by `model.generate`: prompts padded on the left, one row per rollout. Returns its tokens."""
+    longest = max(map(len, prompts))
+    rows = [prompt for prompt in prompts for _ in range(load.G)]
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in rows], device=model.device)
+    seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in rows], device=model.device)
+
+    def run(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        out = model.generate(
+            ids, attention_mask=seen, do_sample=True, top_k=0, max_new_tokens=load.T, eos_token_id=eos, pad_token_id=0,
+            **chosen,
+        )  # fmt: skip
+        return out[:, longest:]
+
+    return run
+
+
+def by_continuous_batching(model, prompts: Sequence[Sequence[int]], load: Load, eos: list[int]) -> Callable:
+    rows = [prompt for prompt in prompts for _ in range(load.G)]
+    settings = transformers.GenerationConfig(
+        do_sample=True, top_k=0, max_new_tokens=load.T, eos_token_id=eos, pad_token_id=0
+    )
+    return lambda seed: model.generate_batch(rows, generation_config=settings, progress_bar=False)
+
+
+def floor_seconds(model, prompts, rollouts: clipo.Rollouts, rates: tuple[float, float]) -> float:
+    """The least time these rollouts can take: all flops at the matmul rate, or all bytes at the copy rate.
+
+    A decode step reads all weights once and the keys and values of each row; no step serves the finished.
+    """
+    config, size = model.config, model.dtype.itemsize
+    head_width = config.hidden_size // config.num_attention_heads
+    weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+    start = torch.tensor([len(prompts[g]) for g in rollouts.group.tolist()], device=rollouts.mask.device)
+    position = (start[:, None] + torch.arange(rollouts.mask.shape[1], device=start.device))[rollouts.mask]
+    tokens, looked_at = len(position), int(position.sum())
+    output = model.get_output_embeddings().weight.numel()  # a prompt's tokens need no logits
+    flops = 2 * weights * tokens + 2 * (weights - output) * sum(map(len, prompts))
+    flops += 4 * looked_at * config.hidden_size * config.num_hidden_layers
+    keys_and_values = 2 * looked_at * config.num_key_value_heads * head_width * config.num_hidden_layers
+    traffic = size * (weights * rollouts.mask.shape[1] + keys_and_values)
+    return max(flops / rates[0], traffic / rates[1])
+
+
+def rollouts_table(machine: Machine) -> list[dict]:
+    if machine.quick:
+        loads = [Load("1M", 2, 4, 16)]
+    elif machine.on_gpu:
+        loads = [Load(size, 16, 16, 512) for size in SIZES]
+    else:
+        loads = [Load("1M", 16, 16, 128), Load("34M", 16, 16, 128), Load("0.5B", 4, 8, 48)]
+    return [row for load in loads for row in rollouts_rows(machine, load)]
+
+
+def rollouts_rows(machine: Machine, load: Load) -> list[dict]:
+    """Ours first, then each of transformers' ways."""
+    model, prompts, eos = make_model(load.size, machine), make_prompts(load), ending_ids(load)
+    ours, produced, peaks = "ours", {}, {}
+
+    def generate(seed: int) -> clipo.Rollouts:
+        return clipo.generate(
+            model, prompts, samples_per_prompt=load.G, max_new_tokens=load.T, eos_token_id=eos,
+            generator=torch.Generator().manual_seed(seed + 1),
+        )  # fmt: skip
+
+    def count(name: str, side: Callable) -> Callable:
+        """The side, with its useful tokens (up to and with the end of each response) and peak memory noted."""
+
+        def run(seed: int) -> None:
+            machine.forget_peak()
+            produced.setdefault(name, []).append(useful_tokens(side(seed), eos))
+            peaks[name] = machine.peak()
+
+        return run
+
+    sides = {ours: generate, "generate": by_transformers(model, prompts, load, eos)}
+    if machine.on_gpu:
+        sides["generate, static cache, compiled"] = by_transformers(
+            model, prompts, load, eos, cache_implementation="static"
+        )
+        sides["continuous batching"] = by_continuous_batching(model, prompts, load, eos)
+    floor = floor_seconds(model, prompts, generate(0), machine.rates())
+    times = compare(machine, {name: count(name, side) for name, side in sides.items()})
+    speed = {name: [n / s for n, s in zip(produced[name][1:], times[name], strict=True)] for name in sides}
+    return [
+        {
+            "load": str(load),
+            "side": name,
+            "tokens/s": round(statistics.median(speed[name])),
+            "spread": f"{min(speed[name]):.0f} to {max(speed[name]):.0f}",
+            "ours is faster": times_faster(speed[ours], speed[name]),
+            "peak GB": peaks[name] and round(peaks[name], 2),
+            "floor reached": f"{floor / statistics.median(times[ours]):.0%}" if name == ours else "",
+        }
+        for name in sides
+    ]
+
+
+def useful_tokens(made, eos: list[int]) -> int:
+    if isinstance(made, clipo.Rollouts):
+        return int(made.mask.sum())
+    if isinstance(made, dict):  # continuous batching: one result per request
+        return sum(len(result.generated_tokens) for result in made.values())
+    ended = torch.isin(made, torch.tensor(eos, device=made.device)).int()
+    return int((ended.cumsum(-1) - ended == 0).sum())
+
+
+def times_faster(ours: list[float], theirs: list[float]) -> str:
+    """Median and range over runs of the ratio of two speeds, run by run."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+# ----------------------------------------------------------------------------------------------------
+# The training step
+# ----------------------------------------------------------------------------------------------------
+
+
+def make_tokenizer(size: str) -> PreTrainedTokenizerFast:
+    """Token i is the word "i"."""
+    words = {"<pad>": 0, "<eos>": 1, **{str(i): i for i in range(2, SIZES[size][0])}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def even(text: str, _answer: str) -> bool:
+    """A verdict that is mixed within groups: is the sum of the response's numbers even?"""
+    return sum(int(word) for word in text.split() if word.isdigit()) % 2 == 0
+
+
+def make_trainer(machine: Machine, load: Load, eos: list[int], **settings) -> CLIPO:
+    """GRPO + CLIPO at the paper's constants, beyond the warm-up, with float32 weights."""
+    config = CLIPOConfig(
+        **{
+            "prompts_per_step": load.P, "mini_batch_prompts": load.P, "samples_per_prompt": load.G,
+            "max_new_tokens": load.T, "head_warmup_steps": 0, "beta": 0.0, "micro_batch_tokens": 4096,
+            "compute_dtype": str(machine.dtype).removeprefix("torch."), **settings,
+        }
+    )  # fmt: skip
+    model = make_model(load.size, machine, torch.float32)
+    model.generation_config.eos_token_id = eos
+    return CLIPO(model, make_tokenizer(load.size), even, config)
+
+
+def trl_table(machine: Machine) -> list[dict]:
+    """A whole GRPO step, ours with the contrastive reward and TRL's without: the same model, prompts and lengths."""
+    if not all(map(importlib.util.find_spec, ("trl", "accelerate"))):
+        print("trl: not measured, TRL is not installed (pip install -r lab/requirements.txt)\n")
+        return []
+    load = Load("1M", 2, 4, 8) if machine.quick else Load("1M", 16, 16, 40)
+    rows = []
+    for dtype in [torch.float32] + [torch.bfloat16] * clipo.computes_in_bfloat16(machine.device.type):
+        at = Machine(machine.device, dtype, machine.runs, machine.quick)
+        trainer, prompts = make_trainer(at, load, [1]), make_prompts(load)
+        trl_steps = trl_step_seconds(at, load, prompts)  # TRL owns its loop; ours runs right after
+        our_steps = compare(at, {"ours": lambda _: trainer.step(prompts, [""] * load.P)})["ours"]  # noqa: B023
+        for name, steps in (("ours, with CLIPO", our_steps), ("TRL GRPOTrainer", trl_steps)):
+            rows.append(
+                {
+                    "load": str(load),
+                    "dtype": at.describe()["dtype"],
+                    "side": name,
+                    "s per step": f"{statistics.median(steps):.2f}",
+                    "spread": f"{min(steps):.2f} to {max(steps):.2f}",
+                    "ours is faster": f"{statistics.median(steps) / statistics.median(our_steps):.1f}x",
+                }
+            )
+    return rows
+
+
+def trl_step_seconds(machine: Machine, load: Load, prompts: list[list[int]]) -> list[float]:
+    """Seconds of TRL's steps, without the first."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    clock: list[float] = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            machine.wait()
+            clock.append(time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            machine.wait()
+            clock.append(time.perf_counter())
+
+    def reward(completions, **_):
+        return [float(even(text, "")) for text in completions]
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = GRPOTrainer(
+            model=make_model(load.size, machine, torch.float32),
+            reward_funcs=reward,
+            args=GRPOConfig(
+                output_dir=folder, per_device_train_batch_size=load.P * load.G, num_generations=load.G,
+                max_completion_length=load.T, max_steps=1 + machine.runs, beta=0.0, temperature=1.0, top_k=0,
+                learning_rate=1e-6, lr_scheduler_type="constant", bf16=machine.dtype == torch.bfloat16,
+                use_cpu=not machine.on_gpu, activation_checkpointing=False, report_to=[], save_strategy="no",
+                logging_strategy="no", disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list([{"prompt": " ".join(map(str, ids))} for ids in prompts]),
+            processing_class=make_tokenizer(load.size),
+            callbacks=[Clock()],
+        )  # fmt: skip
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+    return [end - begin for begin, end in zip(clock[2::2], clock[3::2], strict=True)]
+
+
+def step_loads(machine: Machine) -> list[Load]:
+    return [Load("1M", 2, 4, 16)] if machine.quick else [Load("1M", 16, 16, 128), Load("34M", 16, 16, 128)]
+
+
+def step_phases(machine: Machine, load: Load, **settings) -> dict[str, float]:
+    """Median seconds of each phase of a CLIPO step."""
+    trainer, prompts = make_trainer(machine, load, ending_ids(load), **settings), make_prompts(load)
+    steps = [trainer.step(prompts, [""] * load.P)["seconds"] for _ in range(1 + machine.runs)][1:]
+    return {phase: statistics.median(step[phase] for step in steps) for phase in steps[0]}
+
+
+def step_table(machine: Machine) -> list[dict]:
+    """Where the time of a step goes, and what the contrastive reward adds: pooling, head, loss, the head's update."""
+    rows = []
+    for load in step_loads(machine):
+        for constants, settings in (("paper: 1 head update", {}), ("informative: 4", clipo.INFORMATIVE)):
+            phases, pooling = step_phases(machine, load, **settings), pooling_seconds(machine, load)
+            total, added = sum(phases.values()), phases["contrast"] + pooling
+            rows.append(
+                {
+                    "load": str(load),
+                    "constants": constants,
+                    **{phase: f"{seconds:.3f} s ({seconds / total:.1%})" for phase, seconds in phases.items()},
+                    "pooling (in rollout)": f"{pooling:.3f} s",
+                    "CLIPO adds to GRPO": f"{added / (total - added):.1%}",
+                    "seconds": phases,
+                }
+            )
+    return rows
+
+
+def pooling_seconds(machine: Machine, load: Load) -> float:
+    """The line of `Rollouts.write` that sums up the states, for T steps of all rows: an upper bound."""
+    rows, width = load.P * load.G, SIZES[load.size][1]
+    hidden, state = torch.zeros(2, rows, width, device=machine.device)
+    index = torch.arange(rows, device=machine.device)
+
+    def pool() -> None:
+        for _ in range(load.T):
+            hidden[index] = state.float() + hidden[index] * (index > 1)[:, None]
+
+    pool()
+    return statistics.median(machine.seconds(pool) for _ in range(max(3, machine.runs)))
+
+
+def draw_step(rows: list[dict], file: Path) -> None:
+    """The phases of a step as bars, readable in grey print."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.5 * len(rows)), layout="constrained")
+    names = [f"{row['load']}\n{row['constants']}" for row in rows]
+    left = [0.0] * len(rows)
+    styles = [("0.4", ""), ("1.0", ".."), ("0.0", ""), ("0.8", "//")]
+    for phase, (shade, hatch) in zip(rows[0]["seconds"], styles, strict=True):
+        shares = [100 * row["seconds"][phase] / sum(row["seconds"].values()) for row in rows]
+        axes.barh(names, shares, left=left, color=shade, hatch=hatch, edgecolor="0.1", label=phase)
+        left = [a + b for a, b in zip(left, shares, strict=True)]
+    axes.set_xlabel("share of the step's time, percent")
+    axes.set_title("Rollouts and the policy update are a step's time; the contrast is a sliver")
+    axes.invert_yaxis()
+    figure.legend(*axes.get_legend_handles_labels(), ncols=4, loc="outside lower center")
+    figure.savefig(file, dpi=120)
+
+
+# ----------------------------------------------------------------------------------------------------
+# How cost grows
+# ----------------------------------------------------------------------------------------------------
+
+
+def growth_table(machine: Machine) -> list[dict]:
+    """Seconds per step as the group or the response grows, and of the contrast alone as the batch does."""
+    groups = (4, 8) if machine.quick else (4, 8, 16, 32, 64)
+    lengths = (16, 32) if machine.quick else (128, 256, 512, 1024, 2048)
+    batches = (256, 512) if machine.quick else (256, 1024, 4096, 16_384)
+    rows = []
+    for load in [Load("1M", 4, G, lengths[0]) for G in groups] + [Load("1M", 4, 8, T) for T in lengths[1:]]:
+        phases = step_phases(machine, load)
+        rows.append(
+            {
+                "what": str(load),
+                "rollout, s": f"{phases['rollout']:.2f}",
+                "update, s": f"{phases['update']:.2f}",
+                "contrast, ms": f"{1000 * phases['contrast']:.1f}",
+            }
+        )
+    for B in batches:
+        seconds, gigabytes = contrast_cost(machine, B)
+        memory = {} if gigabytes is None else {"more peak GB": f"{gigabytes:.2f}"}
+        rows.append(
+            {"what": f"contrast of {B:,} rollouts in groups of 16", "contrast, ms": f"{1000 * seconds:.1f}", **memory}
+        )
+    return rows
+
+
+def contrast_cost(machine: Machine, B: int) -> tuple[float, float | None]:
+    """Median seconds of head, loss and backward, and by how many GB they raise the peak of memory."""
+    hidden = torch.randn(B, 896, device=machine.device)
+    head = clipo.ContrastiveHead(896).to(machine.device)
+    correct = torch.arange(B, device=machine.device) % 2 == 0
+    group = torch.arange(B, device=machine.device) // 16
+
+    def contrast() -> None:
+        loss, anchors = clipo.contrastive_loss(head(hidden), correct, group)
+        loss[anchors].mean().backward()
+
+    contrast()
+    machine.forget_peak()
+    before = machine.peak()
+    seconds = statistics.median(machine.seconds(contrast) for _ in range(max(3, machine.runs)))
+    return seconds, None if before is None else machine.peak() - before
+
+
+# ----------------------------------------------------------------------------------------------------
+# The command
+# ----------------------------------------------------------------------------------------------------
+
+TABLES: dict[str, Callable[[Machine], list[dict]]] = {
+    "rollouts": rollouts_table,
+    "trl": trl_table,
+    "step": step_table,
+    "growth": growth_table,
+}
+
+
+def markdown(rows: list[dict]) -> str:
+    """Rows as a Markdown table; a column for every key but those that hold more than a cell."""
+    names = list(dict.fromkeys(name for row in rows for name in row if not isinstance(row[name], dict)))
+    cells = [["" if row.get(name) is None else str(row[name]) for name in names] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [names, ["---"] * len(names), *cells])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of: {', '.join(TABLES)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="smallest sizes, one run")
+    parser.add_argument("--runs", type=int, help="measured runs of each side (default: 5)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and tables there too")
+    parser.add_argument("--chart", type=Path, metavar="FILE", help="draw the table `step` as bars there (.png)")
+    given = parser.parse_args(arguments)
+    if unknown := sorted(set(given.tables) - set(TABLES)):
+        parser.error(f"unknown table {unknown[0]!r}; expected some of: {', '.join(TABLES)}")
+    if given.runs is not None and given.runs < 1:
+        parser.error(f"--runs is {given.runs}; expected 1 or more")
+    chosen = given.tables or list(TABLES)
+    if given.chart and "step" not in chosen:
+        parser.error("--chart draws the table `step`; name it too")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = given.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    machine = Machine(device, getattr(torch, dtype), given.runs or (1 if given.quick else 5), given.quick)
+    flops, traffic = machine.rates()
+    about = {**machine.describe(), "matmul": f"{flops / 1e9:.0f} Gflop/s", "copy": f"{traffic / 1e9:.0f} GB/s"}
+    about["command"] = " ".join(["python -m lab.bench", *(sys.argv[1:] if arguments is None else arguments)])
+    print(*(f"{name}: {value}" for name, value in about.items()), sep="\n")
+    results = {}
+    for name in chosen:
+        print(f"\n## {name}\n", flush=True)
+        if rows := TABLES[name](machine):
+            results[name] = rows
+            print(markdown(rows), flush=True)
+        if given.json:  # after every table: a long run that is stopped keeps what it has measured
+            given.json.write_text(json.dumps({"machine": about, **results}, indent=1) + "\n")
+    if given.chart:
+        draw_step(results["step"], given.chart)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
