@@ -96,9 +96,13 @@ class KVCache:
         self.used = 0  # no token is at this slot or beyond
         self.positions: Tensor | None = None  # (first rows or 1, Q): where the next forward pass writes
 
-    def begin(self, positions: Tensor, used: int) -> None:
-        """Announce a forward pass over tokens of the first rows at `positions`, all below `used`."""
+    def begin(self, positions: Tensor, used: int) -> Tensor:
+        """Announce a forward pass over tokens of the first rows at `positions`, all below `used`.
+
+        Returns the positions (1, used) of the keys that `update` will give.
+        """
         self.positions, self.used = positions, used
+        return torch.arange(used, device=positions.device)[None]
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
         """Called by each attention layer: store (rows, H, Q, head width), return all that is in use of these rows."""
@@ -172,28 +176,28 @@ def attention_windows(config) -> dict[str, int | None]:
     return {kind: known[kind] for kind in known if kind in kinds}
 
 
-def attention_mask(positions: Tensor, slots: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Additive mask for queries at `positions` over the first `slots` of a KVCache: 0 to look, -inf not to.
+def attention_mask(positions: Tensor, keys: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """Additive mask for queries at `positions` over keys at positions `keys`: 0 to look, -inf not to.
 
-    positions: (B, Q) long. Returns (B, 1, Q, slots).
+    positions: (B or 1, Q) long, keys: (B or 1, slots) long. Returns (B or 1, 1, Q, slots).
 
-    >>> attention_mask(torch.tensor([[0], [2]]), slots=4, window=2, dtype=torch.float32)[:, 0, 0]
+    >>> attention_mask(torch.tensor([[0], [2]]), torch.arange(4)[None], window=2, dtype=torch.float32)[:, 0, 0]
     tensor([[0., -inf, -inf, -inf],
             [-inf, 0., 0., -inf]])
     """
-    slot = torch.arange(slots, device=positions.device)
-    look = slot <= positions[..., None]  # (B, Q) -> (B, Q, slots)
+    query, key = positions[:, :, None], keys[:, None, :]
+    look = key <= query  # (B, Q, slots)
     if window is not None:
-        look &= slot > positions[..., None] - window
+        look &= key > query - window
     mask = torch.zeros(look.shape, dtype=dtype, device=positions.device).masked_fill_(~look, -math.inf)
     return mask[:, None]  # (B, Q, slots) -> (B, 1, Q, slots)
 
 
-def last_states(model, tokens: Tensor, positions: Tensor, cache: KVCache, used: int) -> Tensor:
+def last_states(model, tokens: Tensor, positions: Tensor, cache: KVCache | SharedPrompts, used: int) -> Tensor:
     """Run tokens (B, Q) at positions (B or 1, Q) through the model; last layer's states after the norm, (B, Q, D)."""
-    cache.begin(positions, used)
+    keys = cache.begin(positions, used)
     masks = {
-        kind: attention_mask(positions, used, window, model.dtype)
+        kind: attention_mask(positions, keys, window, model.dtype)
         for kind, window in attention_windows(model.config).items()
     }
     output = model.base_model(
@@ -219,15 +223,13 @@ def pad_right(sequences: Sequence[Sequence[int]], device) -> Tensor:
     return torch.tensor([list(ids) + [0] * (longest - len(ids)) for ids in sequences], device=device)
 
 
-def prefill(model, prompts: Sequence[Sequence[int]], slots: int | None = None) -> KVCache:
-    """A cache with one row for each prompt: all of it but its last token, which the decode loop feeds."""
+def prefill(model, prompts: Sequence[Sequence[int]], cache: KVCache | SharedPrompts) -> None:
+    """One row of the cache for each prompt: all of it but its last token, which is fed with the response."""
     tokens = pad_right(prompts, model.device)  # (P, longest)
     if tokens.shape[1] > 1:  # (of one-token prompts only, the mask hides this slot until it is overwritten)
         tokens = tokens[:, :-1]
-    cache = KVCache(len(prompts), slots or tokens.shape[1])
     positions = torch.arange(tokens.shape[1], device=model.device)[None]  # (1, Q): the same for all rows
     last_states(model, tokens, positions, cache, used=tokens.shape[1])
-    return cache
 
 
 def weight_first(layer: nn.Linear, inputs: Tensor) -> Tensor:
@@ -242,22 +244,32 @@ def weight_first(layer: nn.Linear, inputs: Tensor) -> Tensor:
 
 
 @contextmanager
+def our_attention(model):
+    """The model attends by `cached_attention`, which is told all it needs by mask and cache."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = "clipo"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+@contextmanager
 def serving(model):
-    """For rollouts: no dropout, `cached_attention`, and `weight_first` where it pays (float32 on a CPU, over 8 MB)."""
-    was_training, attention = model.training, model.config._attn_implementation
+    """For rollouts: `our_attention`, no dropout, `weight_first` where it pays (float32 on a CPU, over 8 MB)."""
+    was_training = model.training
     on_cpu = model.device.type == "cpu" and model.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     linear = [layer for layer in model.modules() if type(layer) is nn.Linear and on_cpu]
     large = [layer for layer in linear if layer.weight.numel() >= 2**21 and "forward" not in vars(layer)]
     model.eval()
-    model.config._attn_implementation = "clipo"
     for layer in large:
         layer.forward = partial(weight_first, layer)
     try:
-        yield
+        with our_attention(model):
+            yield
     finally:
         for layer in large:
             del layer.forward  # back to the class's own
-        model.config._attn_implementation = attention
         model.train(was_training)
 
 
@@ -285,7 +297,8 @@ def check_model(model) -> None:
         expected = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0] for ids in sequences]
         try:
             with serving(model):
-                cache = prefill(model, [ids[:-1] for ids in sequences], slots=5)
+                cache = KVCache(rows=2, slots=5)
+                prefill(model, [ids[:-1] for ids in sequences], cache)
                 for back in (2, 1):  # feed the last token but one, then the last
                     token = torch.tensor([[ids[-back]] for ids in sequences], device=model.device)
                     position = torch.tensor([[len(ids) - back] for ids in sequences], device=model.device)
@@ -463,8 +476,9 @@ class Batch:
         """Rows for the waiting rollouts `new`, (N,) long: each of their prompts goes through the model once."""
         group, origin = self.group[new].unique(return_inverse=True)
         prompts = [self.prompts[g] for g in group.tolist()]
-        filled = prefill(model, prompts)
-        self.cache.copy(filled, origin, first=self.rows, slots=filled.slots)
+        filled = KVCache(len(prompts), max(map(len, prompts)))
+        prefill(model, prompts, filled)
+        self.cache.copy(filled, origin, first=self.rows, slots=filled.used)
         token, length = (group.new_tensor(of)[origin] for of in ([p[-1] for p in prompts], [len(p) for p in prompts]))
         self.table[:, self.rows : self.rows + len(new)] = torch.stack([new, 0 * new, token, length - 1])
         self.rows += len(new)
@@ -533,27 +547,59 @@ def generate(
     return rollouts.select(torch.arange(count, device=device))  # without the spare; T becomes the longest response
 
 
+class SharedPrompts:
+    """Keys and values of some prompts, for responses that each continue one of them; gradients flow through.
+
+    Of G rollouts of a prompt, each would compute the prompt again. Here it goes through the model once; then the
+    responses do, and every layer puts the prompt's keys and values before theirs.
+    """
+
+    def __init__(self, origin: Tensor):
+        self.origin = origin  # (rows,) long: the prompt of each response
+        self.layers: list[tuple[Tensor, Tensor]] = []  # per layer keys and values, each (P, H, slots, head width)
+
+    def begin(self, positions: Tensor, used: int) -> Tensor:
+        """Positions of the keys: of the prompts' own in the first pass; then of prompt and response, for each row."""
+        if not self.layers:
+            return positions
+        slot = torch.arange(self.layers[0][0].shape[2], device=positions.device)
+        beyond = torch.iinfo(torch.long).max  # a shorter prompt's padding, and its last token, which the response feeds
+        before = slot.where(slot < positions[:, :1], beyond)  # (rows, slots)
+        return torch.cat([before, positions], dim=1)
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
+        """Called by each attention layer with (P or rows, H, Q, head width)."""
+        if layer_idx == len(self.layers):
+            self.layers.append((keys, values))
+            return keys, values
+        prompt_keys, prompt_values = self.layers[layer_idx]
+        return torch.cat([prompt_keys[self.origin], keys], 2), torch.cat([prompt_values[self.origin], values], 2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Part of transformers' cache interface. (We always pass positions, so nothing depends on it.)"""
+        return 0
+
+
 def response_logprobs(
     model, prompts: Sequence[Sequence[int]], rollouts: Rollouts, *, temperature: float = 1.0
 ) -> Tensor:
-    """Log-probs (B, T) of the response tokens from one full forward pass; differentiable; 0 where the mask is False.
+    """Log-probs (B, T) of the response tokens, all at once; differentiable; 0 where the mask is False.
 
-    prompts: P lists of token ids; row b continues prompts[rollouts.group[b]]. No mask is needed: the padding
-    stands right of everything and attention is causal.
+    prompts: P lists of token ids; row b continues prompts[rollouts.group[b]].
     """
-    lengths = rollouts.mask.sum(-1).tolist()
-    sequences = [
-        list(prompts[g]) + ids[:n]
-        for g, ids, n in zip(rollouts.group.tolist(), rollouts.tokens.tolist(), lengths, strict=True)
-    ]
-    tokens = pad_right(sequences, model.device)  # (B, S)
-    states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # (B, S, D)
-    row, t = rollouts.mask.nonzero(as_tuple=True)  # the N real response tokens
-    start = torch.tensor([len(prompts[g]) for g in rollouts.group.tolist()], device=model.device)
-    states = states[row, start[row] + t - 1]  # (B, S, D) -> (N, D): the state before each token predicts it
-    logits = output_logits(model, states).float() / (temperature or 1.0)  # (N, V)
-    logprobs = -F.cross_entropy(logits, rollouts.tokens[row, t], reduction="none")  # (N,)
-    return torch.zeros_like(rollouts.logprobs).index_put((row, t), logprobs)  # (N,) -> (B, T)
+    group, origin = rollouts.group.unique(return_inverse=True)
+    prompts = [prompts[g] for g in group.tolist()]
+    last, length = (group.new_tensor(of)[origin] for of in ([p[-1] for p in prompts], [len(p) for p in prompts]))
+    tokens = torch.cat([last[:, None], rollouts.tokens[:, :-1]], dim=1)  # (B, T): the state at t - 1 predicts token t
+    positions = length[:, None] - 1 + torch.arange(tokens.shape[1], device=tokens.device)  # (B, T)
+    cache = SharedPrompts(origin)
+    with our_attention(model):
+        prefill(model, prompts, cache)
+        states = last_states(model, tokens, positions, cache, used=tokens.shape[1])  # (B, T, D)
+    mask = rollouts.mask
+    logits = output_logits(model, states[mask]).float() / (temperature or 1.0)  # (N real response tokens, V)
+    logprobs = -F.cross_entropy(logits, rollouts.tokens[mask], reduction="none")  # (N,)
+    return torch.zeros_like(rollouts.logprobs).masked_scatter(mask, logprobs)  # (N,) -> (B, T)
 
 
 # =====================================================================================================

@@ -87,7 +87,7 @@ def test_the_cache_copies_rows_within_itself():
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_attention_without_repeated_keys_equals_attention_with(heads, softcap):
     key, value = torch.randn(2, 3, heads, 7, 8).unbind(0)
-    mask = clipo.attention_mask(torch.tensor([[6], [3], [0]]), 7, None, torch.float32)
+    mask = clipo.attention_mask(torch.tensor([[6], [3], [0]]), torch.arange(7)[None], None, torch.float32)
     query = torch.randn(3, 4, 1, 8)
     repeated = [kv.repeat_interleave(4 // heads, dim=1) for kv in (key, value)]
     scores = query @ repeated[0].transpose(2, 3) * 0.3
