@@ -97,6 +97,17 @@ def test_attention_without_repeated_keys_equals_attention_with(heads, softcap):
     torch.testing.assert_close(got, expected)
 
 
+def test_the_update_computes_each_prompt_once(qwen2, monkeypatch):
+    fed = []
+    last_states = clipo.last_states
+    monkeypatch.setattr(clipo, "last_states", lambda *a, **n: fed.append(tuple(a[1].shape)) or last_states(*a, **n))
+    rollouts = roll_out(qwen2)
+    fed.clear()
+    clipo.response_logprobs(qwen2, PROMPTS, rollouts)
+    longest = max(map(len, PROMPTS))
+    assert fed == [(len(PROMPTS), longest - 1), tuple(rollouts.tokens.shape)]
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_weight_first_is_a_linear_layer(bias):
     layer, inputs = nn.Linear(30, 20, bias=bias), torch.randn(3, 4, 30)

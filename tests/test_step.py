@@ -52,7 +52,7 @@ def plain_grpo(config, steps):
         texts = TOKENIZER.batch_decode(ids, skip_special_tokens=True)
         reward = torch.tensor([float(even(text, "")) for text in texts])
         advantage = clipo.group_advantages(reward, rollouts.group)
-        shortest_first = (rollouts.mask.sum(-1) + torch.tensor([len(p) for p in PROMPTS])[rollouts.group]).tolist()
+        shortest_first = rollouts.mask.sum(-1).tolist()
         rows = torch.tensor(sorted(range(len(reward)), key=shortest_first.__getitem__))
         part = rollouts.select(rows)
         logprobs = clipo.response_logprobs(policy, PROMPTS, part)
