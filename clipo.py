@@ -1051,15 +1051,15 @@ def computes_in_bfloat16(device: str) -> bool:
 class CLIPO:
     """The trainer: policy, frozen reference, contrastive head and two optimisers; `step` is one training step.
 
-    policy: a transformers causal LM; tokenizer: its tokenizer; is_correct(response text, answer) -> bool.
+    policy: a transformers causal LM; tokenizer: its tokenizer; are_correct(response texts, answers) -> list of bool.
     Every random draw of a step follows from (config.seed, step number), so a run is resumed by its weights,
     its optimisers and its step number alone. Raises ValueError for a policy that `generate` cannot serve.
     """
 
-    def __init__(self, policy, tokenizer, is_correct: Callable[[str, str], bool], config: CLIPOConfig):
+    def __init__(self, policy, tokenizer, are_correct: Callable[..., Sequence[bool]], config: CLIPOConfig):
         self.policy = policy.eval()  # no dropout, so that old and new log-probs are of one policy
         check_model(policy)
-        self.tokenizer, self.is_correct, self.config = tokenizer, is_correct, config
+        self.tokenizer, self.are_correct, self.config = tokenizer, are_correct, config
         self.stop_ids = end_of_sequence_ids(policy, tokenizer)
         self.reference = copy.deepcopy(policy).requires_grad_(False) if config.beta > 0 else None
         with torch.random.fork_rng(devices=[]):  # the head's first weights disturb nobody's random numbers
@@ -1133,7 +1133,7 @@ class CLIPO:
         """The responses as text, and r: is the final answer right? (B,) bool."""
         ids = [row[keep] for row, keep in zip(rollouts.tokens.cpu(), rollouts.mask.cpu(), strict=True)]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        correct = [self.is_correct(text, answers[g]) for text, g in zip(texts, rollouts.group.tolist(), strict=True)]
+        correct = self.are_correct(texts, [answers[g] for g in rollouts.group.tolist()])
         return texts, torch.tensor(correct, dtype=torch.bool, device=rollouts.group.device)
 
     def contrast(self, rollouts: Rollouts, correct: Tensor) -> tuple[Tensor, Tensor, Tensor, dict]:

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import clipo
-from problems import Problem, is_correct
+from problems import Problem, are_correct
 
 LARGEST = 40  # the largest number of the world
 AMOUNTS = range(1, 7)  # what one clause adds or takes away
@@ -315,7 +315,7 @@ def evaluate(
             generator=generator,
         )
         texts = tokenizer.batch_decode(rollouts.tokens.cpu(), skip_special_tokens=True)
-        right = [is_correct(text, story.answer) for text, story in zip(texts, test, strict=True)]
+        right = are_correct(texts, [story.answer for story in test])
         sound = [is_sound(story, text) for text, story in zip(texts, test, strict=True)]
         lucky = sum(r and not s for r, s in zip(right, sound, strict=True))
         results[name] = {"answer": (sum(right), count), "process": (sum(sound), count), "lucky": (lucky, sum(right))}

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import checkpoint
 import toy
 from clipo import CLIPO, INFORMATIVE, TRACKS, CLIPOConfig, Scored
-from problems import HUB, SUFFIX, Problem, UserError, is_correct, load_problems, prompt_ids
+from problems import SUFFIX, TRAINING_SETS, Problem, UserError, are_correct, load_problems, prompt_ids
 
 # ----------------------------------------------------------------------------------------------------
 # What is trained on: a task gives each step its problems
@@ -59,7 +59,7 @@ class DataTask:
 
     def __init__(self, config: CLIPOConfig, data: str, tokenizer):
         self.config = config
-        everything = load_problems(data)
+        everything = load_problems(data, "train")
         self.all = [p for p in everything if len(prompt_ids(tokenizer, p.question)) <= config.max_prompt_tokens]
         if dropped := len(everything) - len(self.all):
             print(f"{dropped} of {len(everything)} prompts are over {config.max_prompt_tokens} tokens and left out")
@@ -94,7 +94,7 @@ class Settings:
     """All that decides what a run computes; kept in its folder as settings.json."""
 
     model: str | None  # folder or hub name; None: the toy world's own
-    data: str  # "toy", a name in problems.HUB, or a file
+    data: str  # "toy", a name in problems.TRAINING_SETS, or a file
     track: str  # whose defaults
     paper: bool
     size: str  # of the toy world's own model
@@ -110,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", metavar="NAME_OR_FOLDER", help="causal LM on the hub or in a folder (default: the toy's)")
     p.add_argument(
         "--data", metavar="NAME_OR_FILE",
-        help=f"toy, {', '.join(HUB)}, or a .parquet or .jsonl file (default: toy; gsm8k with --model)",
+        help=f"toy, {', '.join(TRAINING_SETS)}, or a .parquet or .jsonl file (default: toy; gsm8k with --model)",
     )  # fmt: skip
     p.add_argument("--track", choices=list(TRACKS), help="whose defaults (default: --data if it is one, else gsm8k)")
     p.add_argument("--paper", action="store_true", help="on the toy world: the paper's constants, not the informative")
@@ -368,7 +368,7 @@ def settings_and_folder(given: dict) -> tuple[Settings, Path]:
         if given.get(name, 1) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {given[name]}; expected 1 or more")
     for name in ("model", "data"):  # a run may be resumed from another folder
-        if name in given and Path(given[name]).exists() and given[name] not in ("toy", *HUB):
+        if name in given and Path(given[name]).exists() and given[name] not in ("toy", *TRAINING_SETS):
             given[name] = str(Path(given[name]).resolve())
     if not given.get("resume"):
         settings = settings_from(given)
@@ -394,7 +394,7 @@ def run(given: dict) -> int:
         policy, tokenizer = checkpoint.load_model(settings.model, device)
         task = ToyTask(config) if settings.data == "toy" else DataTask(config, settings.data, tokenizer)
         try:
-            trainer = CLIPO(policy, tokenizer, is_correct, config)
+            trainer = CLIPO(policy, tokenizer, are_correct, config)
         except (ValueError, NotImplementedError) as reason:
             raise UserError(f"model {settings.model}: {reason}") from reason
         if saved := checkpoint.checkpoints(out) if given.get("resume") else []:

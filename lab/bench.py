@@ -268,6 +268,11 @@ def rollouts_rows(machine: Machine, load: Load) -> list[dict]:
 
 
 def useful_tokens(made, eos: list[int]) -> int:
+    """Tokens up to and with the end of each response, in what one of the sides made.
+
+    >>> useful_tokens(torch.tensor([[5, 1, 1], [1, 0, 0], [4, 4, 4]]), eos=[1])
+    6
+    """
     if isinstance(made, clipo.Rollouts):
         return int(made.mask.sum())
     if isinstance(made, dict):  # continuous batching: one result per request
@@ -295,9 +300,9 @@ def make_tokenizer(size: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def even(text: str, _answer: str) -> bool:
-    """A verdict that is mixed within groups: is the sum of the response's numbers even?"""
-    return sum(int(word) for word in text.split() if word.isdigit()) % 2 == 0
+def even(texts: Sequence[str], _answers: object = None) -> list[bool]:
+    """Verdicts that are mixed within groups: is the sum of a response's numbers even?"""
+    return [sum(int(word) for word in text.split() if word.isdigit()) % 2 == 0 for text in texts]
 
 
 def make_trainer(machine: Machine, load: Load, eos: list[int], **settings) -> CLIPO:
@@ -357,7 +362,7 @@ def trl_step_seconds(machine: Machine, load: Load, prompts: list[list[int]]) -> 
             clock.append(time.perf_counter())
 
     def reward(completions, **_):
-        return [float(even(text, "")) for text in completions]
+        return list(map(float, even(completions)))
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(

@@ -20,15 +20,15 @@ SMALL = {
 }  # fmt: skip
 
 
-def even(text, answer):
-    """A verdict that is mixed within groups: is the number of words even?"""
-    return len(text.split()) % 2 == 0
+def even(texts, answers=None):
+    """Verdicts that are mixed within groups: is the number of words even?"""
+    return [len(text.split()) % 2 == 0 for text in texts]
 
 
-def trainer(is_correct=even, **settings):
+def trainer(are_correct=even, **settings):
     model = make_model(CONFIGS["qwen2"])
     model.generation_config.eos_token_id = [1, 3, 17, 31]  # so that lengths differ
-    return CLIPO(model, TOKENIZER, is_correct, CLIPOConfig(**{**SMALL, **settings}))
+    return CLIPO(model, TOKENIZER, are_correct, CLIPOConfig(**{**SMALL, **settings}))
 
 
 def weights(module):
@@ -50,7 +50,7 @@ def plain_grpo(config, steps):
         )  # fmt: skip
         ids = [row[keep] for row, keep in zip(rollouts.tokens, rollouts.mask, strict=True)]
         texts = TOKENIZER.batch_decode(ids, skip_special_tokens=True)
-        reward = torch.tensor([float(even(text, "")) for text in texts])
+        reward = torch.tensor(even(texts)).float()
         advantage = clipo.group_advantages(reward, rollouts.group)
         shortest_first = rollouts.mask.sum(-1).tolist()
         rows = torch.tensor(sorted(range(len(reward)), key=shortest_first.__getitem__))
@@ -131,7 +131,7 @@ def test_warm_up_leaves_the_policy_alone_and_trains_the_head():
 @pytest.mark.parametrize("verdict", [True, False])
 def test_a_batch_without_any_anchor(verdict):
     """All right or all wrong: no NaN, no reward, no head step, no policy gradient."""
-    t = trainer(is_correct=lambda text, answer: verdict, weight_decay=0.0)
+    t = trainer(are_correct=lambda texts, answers: [verdict] * len(texts), weight_decay=0.0)
     policy, head = weights(t.policy), weights(t.head)
     metrics = t.step(PROMPTS, ANSWERS)
     assert metrics["anchors"] == 0 and metrics["contrastive_loss"] is None and metrics["head_grad_norm"] is None
