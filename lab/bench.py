@@ -219,7 +219,7 @@ def rollouts_table(machine: Machine) -> list[dict]:
     elif machine.on_gpu:
         loads = [Load(size, 16, 16, 512) for size in SIZES]
     else:
-        loads = [Load("1M", 16, 16, 128), Load("34M", 16, 16, 128), Load("0.5B", 4, 8, 48)]
+        loads = [Load("1M", 16, 16, 128), Load("34M", 16, 16, 128), Load("0.5B", 8, 8, 64)]
     return [row for load in loads for row in rollouts_rows(machine, load)]
 
 

@@ -145,9 +145,8 @@ def test_verdicts_from_several_threads_do_not_mix():
 def test_no_text_raises_or_hangs():
     """Random strings of the pieces that break parsers."""
     pieces = [
- 
-        "\\frac", "{", "}", "(", ")", "[", "^", "_", "\\sqrt", "9", "0", "x", "=", ",", "\\%", "$", "#### ", "\\boxed{", "\\text{",
-        "\\left(", "-", "/", ".", " ", "\n", "\\", "\\{", "!", "\\infty", "é", "∑", "\x00", "\u202e",
+        "\\frac", "{", "}", "(", ")", "[", "^", "_", "\\sqrt", "9", "0", "x", "=", ",", "\\%", "$", "#### ", "\\boxed{",
+        "\\text{", "\\left(", "-", "/", ".", " ", "\n", "\\", "\\{", "!", "\\infty", "é", "∑", "\x00", "\u202e",
     ]  # fmt: skip
     draw = random.Random(0)
     texts = ["".join(draw.choices(pieces, k=draw.randint(1, 30))) for _ in range(3000)]
