@@ -26,6 +26,17 @@ from problems import UserError
 KEPT = 2  # checkpoints
 
 
+def device_from(name: str | None) -> torch.device:
+    """The device asked for, else a GPU if there is one. Raises UserError."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as reason:
+        raise UserError(f"--device {name} cannot be used here; expected cpu, or cuda where there is a GPU") from reason
+    return torch.device(name)
+
+
 def load_tokenizer(source: str):
     """The tokenizer of a folder or hub model, as its own files describe it.
 
@@ -124,9 +135,13 @@ def read_lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in whole]
 
 
-def keep_until(file: Path, step: int) -> None:
-    """Drop the lines of later steps, which a resumed run will write again."""
-    rows = [row for row in read_lines(file) if row["step"] <= step]
+def write_lines(file: Path, rows: list[dict]) -> None:
+    """Put these rows in place of a JSONL file, at once."""
     aside = file.with_name(file.name + ".new")
     aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     aside.replace(file)
+
+
+def keep_until(file: Path, step: int) -> None:
+    """Drop the lines of later steps, which a resumed run will write again."""
+    write_lines(file, [row for row in read_lines(file) if row["step"] <= step])

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -353,8 +354,9 @@ class Referee:
     """Compares expressions by math-verify, safely: in processes that the kernel ends.
 
     math-verify can take seconds and gigabytes over nine characters, and its own time-out works in the main thread
-    only. So a server process (this file, run as a script) imports it once and compares every pair in a child that it
-    forks; an alarm ends the child after SECONDS, and it cannot allocate more than BYTES. An ended child means "wrong".
+    only. So a server process (this file, run as a script) imports it once and compares the pairs in children that it
+    forks. An alarm ends a child SECONDS after it began with a pair, and it cannot allocate more than BYTES: the pair
+    over which it ended is wrong.
     """
 
     SECONDS = 0.7
@@ -375,7 +377,7 @@ class Referee:
             raise RuntimeError("math-verify cannot be imported (the reason stands above); install requirements.txt")
 
     def compare(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-        """For each (answer, gold): are they equal? One after another on each core."""
+        """For each (answer, gold): are they equal?"""
         if not pairs:
             return []
         with self.lock:
@@ -386,6 +388,7 @@ class Referee:
                 return json.loads(self.server.stdout.readline())
             except (OSError, ValueError):  # the server itself was killed; the next call starts another
                 self.server.kill()
+                warnings.warn(f"the grading process ended; {len(pairs)} answers count as wrong", stacklevel=2)
                 return [False] * len(pairs)
 
     def stop(self) -> None:
@@ -400,10 +403,12 @@ atexit.register(referee.stop)
 def serve() -> None:
     """The server: reads a line of pairs, writes a line of verdicts, until its input ends."""
     import gc
+    import logging
 
-    import math_verify  # noqa: F401  the children have it ready
-
+    logging.disable()  # math-verify warns that its time-outs are off
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    for gold, answer in (("\\frac{x+1}{2}", "\\frac{x}{2}"), ("[1,2)", "(1,2)"), ("\\{1,\\sqrt{2}\\}", "x=3,y=\\pi")):
+        expressions_equal(answer, gold)  # imports and caches that every child then has ready
     gc.freeze()  # or every child's garbage collection would copy the memory that it shares
     print("ready", flush=True)
     for line in sys.stdin:
@@ -411,47 +416,57 @@ def serve() -> None:
 
 
 def judge(pairs: Sequence[Sequence[str]]) -> list[bool]:
-    """The verdict on each pair from a child of its own, as many at a time as there are cores."""
-    verdicts, working = [False] * len(pairs), {}
-
-    def wait_for_one() -> None:
-        pid, status = os.wait()
-        verdicts[working.pop(pid)] = status == 0
-
-    for i, (answer, gold) in enumerate(pairs):
-        if len(working) >= (os.cpu_count() or 1):
-            wait_for_one()
-        try:
+    """The verdict on each pair, from as many children at a time as there are cores, each with 32 pairs at most."""
+    verdicts = [False] * len(pairs)
+    waiting = [(first, min(first + 32, len(pairs))) for first in range(0, len(pairs), 32)]
+    working: dict[int, tuple[int, int, int]] = {}  # process: its pipe, and from which to which pair
+    while waiting or working:
+        while waiting and len(working) < (os.cpu_count() or 1):
+            first, end = waiting.pop()
+            pipe, write = os.pipe()
             pid = os.fork()
-        except OSError:  # no process left: in doubt, wrong
-            continue
-        if pid == 0:
-            equal_or_die(answer, gold)
-        working[pid] = i
-    while working:
-        wait_for_one()
+            if pid == 0:
+                compare_or_die(pairs[first:end], write)
+            os.close(write)
+            working[pid] = pipe, first, end
+        pid, _ = os.wait()
+        pipe, first, end = working.pop(pid)
+        said = os.read(pipe, 32)
+        os.close(pipe)
+        for i, verdict in enumerate(said, first):
+            verdicts[i] = verdict == ord("1")
+        if first + len(said) < end:  # it died over the next pair, which is wrong; another goes on behind it
+            waiting.append((first + len(said) + 1, end))
     return verdicts
 
 
-def equal_or_die(answer: str, gold: str) -> None:
-    """In a child: exit with status 0 if math-verify finds the two equal, with another or by a signal if not."""
+def compare_or_die(pairs: Sequence[Sequence[str]], pipe: int) -> None:
+    """In a child: write "1" or "0" for each pair. A pair that takes too long or too much memory ends the process."""
     import resource
 
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, Referee.SECONDS)
     with suppress(ValueError, OSError):  # macOS knows no such limit
         resource.setrlimit(resource.RLIMIT_AS, (Referee.BYTES, Referee.BYTES))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
-    equal = False
     try:
-        from math_verify import parse, verify
-
-        # None: no time-outs of its own, which would put another alarm in place of ours.
-        sides = [parse(f"${side}$", parsing_timeout=None) for side in (gold, answer)]
-        equal = verify(*sides, timeout_seconds=None)
+        for answer, gold in pairs:
+            signal.setitimer(signal.ITIMER_REAL, Referee.SECONDS)
+            equal = False
+            with suppress(Exception):  # what it cannot read is not right
+                equal = expressions_equal(answer, gold)
+            os.write(pipe, b"1" if equal else b"0")
     finally:
-        os._exit(0 if equal else 1)
+        os._exit(0)
+
+
+def expressions_equal(answer: str, gold: str) -> bool:
+    """Are two LaTeX expressions equal for math-verify? May take any time and raise anything."""
+    from math_verify import parse, verify
+
+    # None: no time-outs of its own, which would put another alarm in place of ours.
+    sides = [parse(f"${side}$", parsing_timeout=None) for side in (gold, answer)]
+    return verify(*sides, timeout_seconds=None)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from tqdm import tqdm
 import checkpoint
 import toy
 from clipo import CLIPO, INFORMATIVE, TRACKS, CLIPOConfig, Scored
+from eval import wilson
 from problems import SUFFIX, TRAINING_SETS, Problem, UserError, are_correct, load_problems, prompt_ids
 
 # ----------------------------------------------------------------------------------------------------
@@ -187,17 +188,6 @@ def default_out(settings: Settings) -> Path:
     return Path("runs") / f"{subject}{kind}{seed}"
 
 
-def device_from(name: str | None) -> torch.device:
-    """The device asked for, else a GPU if there is one. Raises UserError."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as reason:
-        raise UserError(f"--device {name} cannot be used here; expected cpu, or cuda where there is a GPU") from reason
-    return torch.device(name)
-
-
 # ----------------------------------------------------------------------------------------------------
 # The run
 # ----------------------------------------------------------------------------------------------------
@@ -340,11 +330,8 @@ def percent(successes: int, trials: int) -> str:
     """
     if not trials:
         return "none"
-    z, p = 1.96, successes / trials
-    centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * (p * (1 - p) / trials + z * z / (4 * trials * trials)) ** 0.5
-    low, high = max(0.0, centre - half), min(1.0, centre + half)
-    return f"{100 * p:.0f}% [{100 * low:.0f}, {100 * high:.0f}]"
+    low, high = wilson(successes, trials)
+    return f"{100 * successes / trials:.0f}% [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 def finish_toy(settings: Settings, trainer: CLIPO, out: Path, base, count: int) -> None:
@@ -384,7 +371,7 @@ def settings_and_folder(given: dict) -> tuple[Settings, Path]:
 def run(given: dict) -> int:
     """The whole command; returns its exit status. Raises UserError."""
     settings, out = settings_and_folder(given)
-    device = device_from(given.get("device"))
+    device = checkpoint.device_from(given.get("device"))
     config = settings.config
 
     try:

@@ -17,12 +17,14 @@ import importlib.util
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +32,11 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 import clipo
+import problems
 from clipo import CLIPO, CLIPOConfig
 
 # name: vocabulary, width, feed-forward, layers, heads, key/value heads. The last two are Qwen2.5's.
@@ -330,8 +334,13 @@ def trl_table(machine: Machine) -> list[dict]:
         at = Machine(machine.device, dtype, machine.runs, machine.quick)
         trainer, prompts = make_trainer(at, load, [1]), make_prompts(load)
         trl_steps = trl_step_seconds(at, load, prompts)  # TRL owns its loop; ours runs right after
+        default_steps = trl_step_seconds(at, load, prompts, activation_checkpointing=True)
         our_steps = compare(at, {"ours": lambda _: trainer.step(prompts, [""] * load.P)})["ours"]  # noqa: B023
-        for name, steps in (("ours, with CLIPO", our_steps), ("TRL GRPOTrainer", trl_steps)):
+        for name, steps in (
+            ("ours, with CLIPO", our_steps),
+            ("TRL GRPOTrainer", trl_steps),
+            ("TRL GRPOTrainer, with its default of activation checkpointing", default_steps),
+        ):
             rows.append(
                 {
                     "load": str(load),
@@ -345,7 +354,9 @@ def trl_table(machine: Machine) -> list[dict]:
     return rows
 
 
-def trl_step_seconds(machine: Machine, load: Load, prompts: list[list[int]]) -> list[float]:
+def trl_step_seconds(
+    machine: Machine, load: Load, prompts: list[list[int]], activation_checkpointing: bool = False
+) -> list[float]:
     """Seconds of TRL's steps, without the first."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -372,8 +383,8 @@ def trl_step_seconds(machine: Machine, load: Load, prompts: list[list[int]]) -> 
                 output_dir=folder, per_device_train_batch_size=load.P * load.G, num_generations=load.G,
                 max_completion_length=load.T, max_steps=1 + machine.runs, beta=0.0, temperature=1.0, top_k=0,
                 learning_rate=1e-6, lr_scheduler_type="constant", bf16=machine.dtype == torch.bfloat16,
-                use_cpu=not machine.on_gpu, activation_checkpointing=False, report_to=[], save_strategy="no",
-                logging_strategy="no", disable_tqdm=True,
+                use_cpu=not machine.on_gpu, activation_checkpointing=activation_checkpointing, report_to=[],
+                save_strategy="no", logging_strategy="no", disable_tqdm=True,
             ),
             train_dataset=Dataset.from_list([{"prompt": " ".join(map(str, ids))} for ids in prompts]),
             processing_class=make_tokenizer(load.size),
@@ -473,30 +484,72 @@ def growth_table(machine: Machine) -> list[dict]:
             }
         )
     for B in batches:
-        seconds, gigabytes = contrast_cost(machine, B)
-        memory = {} if gigabytes is None else {"more peak GB": f"{gigabytes:.2f}"}
+        seconds, elements = contrast_cost(machine, B)
         rows.append(
-            {"what": f"contrast of {B:,} rollouts in groups of 16", "contrast, ms": f"{1000 * seconds:.1f}", **memory}
+            {
+                "what": f"contrast of {B:,} rollouts in groups of 16",
+                "contrast, ms": f"{1000 * seconds:.1f}",
+                "largest tensor": f"{elements:,}",  # embeddings are B x 512; the whole batch's cosines would be B x B
+            }
         )
     return rows
 
 
-def contrast_cost(machine: Machine, B: int) -> tuple[float, float | None]:
-    """Median seconds of head, loss and backward, and by how many GB they raise the peak of memory."""
+class LargestTensor(TorchDispatchMode):
+    """Notes how many elements the largest tensor has that anything under it makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, given=(), named=None):
+        made = function(*given, **(named or {}))
+        tensors = [t for t in (made if isinstance(made, (tuple, list)) else [made]) if isinstance(t, Tensor)]
+        self.elements = max([self.elements, *(t.numel() for t in tensors)])
+        return made
+
+
+def contrast_cost(machine: Machine, B: int) -> tuple[float, int]:
+    """Median seconds of head, loss and backward, and the elements of the largest tensor on the way."""
     hidden = torch.randn(B, 896, device=machine.device)
     head = clipo.ContrastiveHead(896).to(machine.device)
     correct = torch.arange(B, device=machine.device) % 2 == 0
     group = torch.arange(B, device=machine.device) // 16
 
     def contrast() -> None:
-        loss, anchors = clipo.contrastive_loss(head(hidden), correct, group)
-        loss[anchors].mean().backward()
+        z = head(hidden)
+        with largest:
+            loss, anchors = clipo.contrastive_loss(z, correct, group)
+            loss[anchors].mean().backward()
 
+    largest = LargestTensor()
     contrast()
-    machine.forget_peak()
-    before = machine.peak()
-    seconds = statistics.median(machine.seconds(contrast) for _ in range(max(3, machine.runs)))
-    return seconds, None if before is None else machine.peak() - before
+    found, largest = largest.elements, nullcontext()  # it is no part of what is timed
+    return statistics.median(machine.seconds(contrast) for _ in range(max(3, machine.runs))), found
+
+
+def grading_table(machine: Machine) -> list[dict]:
+    """Seconds to grade the rollouts of a large step: 16 to a question, of five different answers."""
+    count = 160 if machine.quick else 8192
+    draw = random.Random(0)
+    problems.referee.start()
+    kinds = {
+        "numbers": lambda: str(draw.randrange(5)),
+        "expressions": lambda: f"\\frac{{x+{draw.randrange(5)}}}{{2}}",
+        "expressions, one rollout in 100 hostile": lambda: (
+            "9^{9^{9^9}}" if draw.random() < 0.01 else f"\\frac{{x+{draw.randrange(5)}}}{{2}}"
+        ),
+    }
+    rows = []
+    for kind, answer in kinds.items():
+        golds = [
+            f"\\frac{{{i}+x}}{{2}}" if kind != "numbers" else str(i) for i in range(count // 16) for _ in range(16)
+        ]
+        texts = [f"\\boxed{{{answer()}}}" for _ in golds]
+        seconds = statistics.median(
+            machine.seconds(lambda texts=texts, golds=golds: problems.are_correct(texts, golds))
+            for _ in range(machine.runs)
+        )
+        rows.append({"rollouts": f"{count:,}", "answers": kind, "s": f"{seconds:.2f}"})
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -508,6 +561,7 @@ TABLES: dict[str, Callable[[Machine], list[dict]]] = {
     "trl": trl_table,
     "step": step_table,
     "growth": growth_table,
+    "grading": grading_table,
 }
 
 

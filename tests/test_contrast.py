@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import clipo
+from lab.bench import LargestTensor
 
 
 def batch(seed=0, d=24):
@@ -202,3 +203,13 @@ def test_kl_k3_is_an_unbiased_estimate_of_the_kl():
     k3 = clipo.kl_k3(p.log()[None], q.log()[None])[0]
     assert (k3 >= 0).all()
     torch.testing.assert_close((p * k3).sum(), (p * (p / q).log()).sum())
+
+
+def test_contrast_within_groups_never_builds_the_whole_batchs_matrix():
+    B, G, E = 2048, 8, 16
+    z = torch.nn.functional.normalize(torch.randn(B, E), dim=-1).requires_grad_()
+    with LargestTensor() as largest:
+        loss, anchors = clipo.contrastive_loss(z, torch.arange(B) % 2 == 0, torch.arange(B) // G)
+        loss[anchors].mean().backward()
+    assert anchors.sum() == B // 2 and z.grad.abs().sum() > 0
+    assert largest.elements <= B * max(E, G)
