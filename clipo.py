@@ -624,11 +624,15 @@ class ContrastiveHead(nn.Module):
 
 
 # =====================================================================================================
-# 3. Contrast within a group. Anchor i is correct, P its other correct rollouts, N its wrong ones, both not
-#    empty; s_ia = z_i . z_a / tau:
+# 3. Contrast. Anchor i is correct, P other correct rollouts, N wrong ones, both not empty; s_ia = z_i . z_a / tau:
 #
 #    infonce      L_i = -s_ij + log sum_{a in P u N} exp(s_ia)          one j drawn from P     (paper)
+#    supcon_out   the same, mean over all j in P                                               (arXiv:2004.11362)
+#    supcon_in    L_i = -log 1/|P| sum_{j in P} exp(s_ij) + log sum_{a in P u N} exp(s_ia)     (arXiv:2004.11362)
+#    soft_nn      L_i = -log sum_{j in P} exp(s_ij) + log sum_{a in P u N} exp(s_ia)           (arXiv:1902.01889)
 #    decoupled    L_i = 1/|P| sum_{j in P} log(1 + sum_{k in N} exp(s_ik - s_ij))              (ours)
+#
+#    scope        group: P and N from the anchor's group (paper);  cross: N from the whole batch;  batch: P too
 #
 #    reward       rc_i = max(-lambda L_i, floor)                                               (paper)
 # =====================================================================================================
@@ -654,6 +658,15 @@ def group_rows(group: Tensor) -> tuple[Tensor, Tensor]:
     return index, valid
 
 
+def group_sum(values: Tensor, group: Tensor) -> Tensor:
+    """The sum over each row's group, for every row: (B,) -> (B,).
+
+    >>> group_sum(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1]))
+    tensor([4., 4., 5.])
+    """
+    return group_mean(values, group) * group_size(group)
+
+
 def group_size(group: Tensor) -> Tensor:
     """How many rows stand in each row's group: (B,) -> (B,) float."""
     _, member, size = group.unique(return_inverse=True, return_counts=True)
@@ -671,18 +684,45 @@ def group_mean(values: Tensor, group: Tensor) -> Tensor:
     return (total / size.view(-1, *[1] * (values.ndim - 1)))[member]
 
 
+def log_sum(similarity: Tensor, allowed: Tensor) -> Tensor:
+    """log sum of exp(s) over the allowed entries of each row: (A, G) -> (A, 1).
+
+    This is exact; an epsilon inside the log is not (0.24 off for 16 random vectors).
+    """
+    return similarity.masked_fill(~allowed, -math.inf).logsumexp(-1, keepdim=True)
+
+
 def infonce(similarity: Tensor, target: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     """-s_ij + log sum over all others of exp(s_ia), mean over targets. All arguments (A, G), result (A,).
-
-    Log-sum-exp over the allowed entries is exact; an epsilon inside the log is not (0.24 off for 16 random vectors).
 
     An anchor, two positives at similarity 1 and a wrong one at 0: -1 + log(2e + 1).
     >>> positive, negative = torch.tensor([[False, True, True, False]]), torch.tensor([[False, False, False, True]])
     >>> infonce(torch.tensor([[20.0, 1.0, 1.0, 0.0]]), positive, positive, negative)
     tensor([0.8620])
     """
-    others = similarity.masked_fill(~(positive | negative), -math.inf).logsumexp(-1)
-    return others - (similarity * target).sum(-1) / target.sum(-1)
+    loss = log_sum(similarity, positive | negative) - similarity
+    return (loss * target).sum(-1) / target.sum(-1)
+
+
+def soft_nn(similarity: Tensor, target: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    """-log of the softmax's share that falls on targets. All arguments (A, G), result (A,).
+
+    The example of `infonce` again: -log(2e) + log(2e + 1).
+    >>> positive, negative = torch.tensor([[False, True, True, False]]), torch.tensor([[False, False, False, True]])
+    >>> soft_nn(torch.tensor([[20.0, 1.0, 1.0, 0.0]]), positive, positive, negative)
+    tensor([0.1688])
+    """
+    return (log_sum(similarity, positive | negative) - log_sum(similarity, target))[:, 0]
+
+
+def supcon_in(similarity: Tensor, target: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    """-log of a target's mean share of the softmax: `soft_nn` + log |targets|. All arguments (A, G), result (A,).
+
+    >>> positive, negative = torch.tensor([[False, True, True, False]]), torch.tensor([[False, False, False, True]])
+    >>> supcon_in(torch.tensor([[20.0, 1.0, 1.0, 0.0]]), positive, positive, negative)  # 0.1688 + log 2
+    tensor([0.8620])
+    """
+    return soft_nn(similarity, target, positive, negative) + target.sum(-1).log()
 
 
 def decoupled(similarity: Tensor, target: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
@@ -695,12 +735,18 @@ def decoupled(similarity: Tensor, target: Tensor, positive: Tensor, negative: Te
     >>> decoupled(torch.tensor([[20.0, 1.0, 1.0, 0.0]]), positive, positive, negative)
     tensor([0.3133])
     """
-    wrong = similarity.masked_fill(~negative, -math.inf).logsumexp(-1, keepdim=True)  # (A, 1)
-    return (F.softplus(wrong - similarity) * target).sum(-1) / target.sum(-1)
+    loss = F.softplus(log_sum(similarity, negative) - similarity)
+    return (loss * target).sum(-1) / target.sum(-1)
 
 
-CONTRASTIVE_LOSSES: dict[str, Callable[..., Tensor]] = {"infonce": infonce, "decoupled": decoupled}
-SCOPES = ("group",)
+CONTRASTIVE_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "infonce": infonce,  # its target is one positive, drawn; the targets of all others are all positives
+    "supcon_out": infonce,
+    "supcon_in": supcon_in,
+    "soft_nn": soft_nn,
+    "decoupled": decoupled,
+}
+SCOPES = ("group", "cross", "batch")
 
 
 def known(name: str, given: str, names: Sequence[str]) -> None:
@@ -729,9 +775,11 @@ def contrastive_loss(
     """The contrastive loss of every anchor: the formulas at the head of this section.
 
     z (B, E) unit vectors, correct (B,) bool, group (B,) long. Returns loss (B,), 0 where there is no anchor, and
-    anchors (B,) bool: the correct rollouts whose group holds another correct one and a wrong one. `positives`
+    anchors (B,) bool: the correct rollouts that have another correct one and a wrong one in scope. `positives`
     (B,) long names each anchor's positive by its row; without it "infonce" draws one with `generator` (a CPU
-    generator) and "decoupled" takes all. Raises ValueError for an unknown kind or scope, or a temperature <= 0.
+    generator) and the others take all. Raises ValueError for an unknown kind or scope, or a temperature <= 0.
+
+    Memory grows with B * G in the scope "group", with B * B in the other two.
 
     Three rollouts at right angles, two of them correct; the chance level is log 2:
     >>> loss, anchors = contrastive_loss(torch.eye(3), torch.tensor([True, True, False]), torch.zeros(3).long())
@@ -742,20 +790,22 @@ def contrastive_loss(
     known("contrastive scope", scope, SCOPES)
     if not temperature > 0:
         raise ValueError(f"contrastive temperature is {temperature}; expected a positive number")
-    index, valid = group_rows(group)
+    index, valid = group_rows(group if scope == "group" else torch.zeros_like(group))  # P is 1 for the whole batch
     right = correct[index].bool() & valid  # (P, G)
     another = ~torch.eye(index.shape[1], dtype=torch.bool, device=z.device)
     positive = right[:, :, None] & right[:, None, :] & another  # (P, G, G): anchor, other
+    if scope == "cross":
+        positive &= group[index][:, :, None] == group[index][:, None, :]
     negative = right[:, :, None] & (~right & valid)[:, None, :]
     anchor = positive.any(-1) & negative.any(-1)  # (P, G)
 
     similarity = torch.einsum("pie,pae->pia", z[index], z[index])[anchor] / temperature  # (P, G, G) -> (A, G)
     positive, negative = positive[anchor], negative[anchor]
     if positives is not None:
-        members = index[:, None, :].expand(-1, index.shape[1], -1)[anchor]  # (A, G): rows of the anchor's group
+        members = index[:, None, :].expand(-1, index.shape[1], -1)[anchor]  # (A, G): rows in the anchor's scope
         target = (members == positives[index[anchor]][:, None]) & positive
         if not target.any(-1).all():
-            raise ValueError("positives names a row that is not another correct rollout of the anchor's group")
+            raise ValueError("positives names a row that is not another correct rollout in the anchor's scope")
     elif kind == "infonce":
         target = draw_one(positive, generator)
     else:
@@ -767,19 +817,22 @@ def contrastive_loss(
     return z.new_zeros(len(z)).index_put((rows,), loss), anchors
 
 
-def chance_level(correct: Tensor, group: Tensor, *, kind: str = "infonce") -> Tensor:
-    """The loss (B,) of embeddings that tell nothing apart: log of how many stand in the softmax.
+def chance_level(correct: Tensor, group: Tensor, *, kind: str = "infonce", scope: str = "group") -> Tensor:
+    """The loss (B,) of embeddings that tell nothing apart, for rows that are anchors: every similarity is the same.
 
-    infonce: log(G - 1), everyone but the anchor. decoupled: log(1 + |N|), the positive and the wrong ones.
+    infonce, supcon_out, supcon_in: log(|P| + |N|). soft_nn: log((|P| + |N|) / |P|). decoupled: log(1 + |N|).
 
     >>> chance_level(torch.tensor([True, True, False]), torch.zeros(3).long(), kind="decoupled").exp()
     tensor([2., 2., 2.])
     """
     known("contrastive kind", kind, list(CONTRASTIVE_LOSSES))
-    size = group_size(group)
-    if kind == "infonce":
-        return (size - 1).clamp(min=1).log()
-    return (1 + group_mean((~correct).float(), group) * size).log()
+    known("contrastive scope", scope, SCOPES)
+    whole = torch.zeros_like(group)
+    positives = (group_sum(correct.float(), whole if scope == "batch" else group) - 1).clamp(min=1)
+    negatives = group_sum((~correct).float(), group if scope == "group" else whole)
+    if kind == "decoupled":
+        return (1 + negatives).log()
+    return ((positives + negatives) / (positives if kind == "soft_nn" else 1)).log()
 
 
 def contrastive_reward(
@@ -832,7 +885,65 @@ def group_advantages(rewards: Tensor, group: Tensor, *, scale_by_std: bool = Tru
 
 # =====================================================================================================
 # 5. Policy loss:   J = E[ min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) ] - beta E[k3],   rho = pi / pi_old
+#
+#    what is clipped                                              E is the mean over
+#    grpo      every token's rho                                  all tokens
+#    dr_grpo   the same                                           B times T_max places: long answers weigh more
+#    dapo      the same, more room above: 1 + 0.28                all tokens
+#    gspo      a response's geometric mean of rho, at 1 -+ 4e-4   responses
+#    gmpo      log rho in [-0.4, 0.4], before the geometric mean  responses
 # =====================================================================================================
+
+
+def response_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean over each response's tokens: (B, T) -> (B, 1).
+
+    >>> response_mean(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
+    tensor([[2.]])
+    """
+    return (values * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
+
+
+def clip_tokens(log_ratio: Tensor, advantage: Tensor, mask: Tensor, low: float, high: float):
+    """min(rho A, clip(rho) A) for every token, and where the clip removed the gradient. (B, T), advantage (B, 1)."""
+    ratio = log_ratio.exp()
+    free, clipped = ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage
+    return torch.minimum(free, clipped), clipped < free
+
+
+def clip_responses(
+    log_ratio: Tensor, advantage: Tensor, mask: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """GSPO: every token has its response's ratio, (pi(y) / pi_old(y)) ^ (1 / |y|). (arXiv:2507.18071)"""
+    return clip_tokens(response_mean(log_ratio, mask).expand_as(log_ratio), advantage, mask, low, high)
+
+
+def clip_geometric(
+    log_ratio: Tensor, advantage: Tensor, mask: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """GMPO: the geometric mean of token ratios, each bounded on the side that A would push it to. (arXiv:2507.20673)"""
+    bounded = torch.where(advantage > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=-low))
+    surrogate = response_mean(bounded, mask).exp() * advantage
+    return surrogate.expand_as(log_ratio), bounded != log_ratio
+
+
+class PolicyLoss(NamedTuple):
+    """One way to clip and to average, with the clip range of its paper."""
+
+    clip: Callable[..., tuple[Tensor, Tensor]]
+    mean_over: str  # "tokens", "places" or "responses"
+    low: float
+    high: float
+    scale_by_std: bool = True  # may the advantage be divided by the group's std?
+
+
+POLICY_LOSSES = {
+    "grpo": PolicyLoss(clip_tokens, "tokens", 0.2, 0.2),
+    "dr_grpo": PolicyLoss(clip_tokens, "places", 0.2, 0.2, scale_by_std=False),  # arXiv:2503.20783
+    "dapo": PolicyLoss(clip_tokens, "tokens", 0.2, 0.28),  # arXiv:2503.14476
+    "gspo": PolicyLoss(clip_responses, "responses", 3e-4, 4e-4),
+    "gmpo": PolicyLoss(clip_geometric, "responses", 0.4, 0.4),
+}
 
 
 def policy_loss(
@@ -842,26 +953,32 @@ def policy_loss(
     mask: Tensor,
     *,
     kind: str = "grpo",
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
+    clip_low: float | None = None,
+    clip_high: float | None = None,
+    max_new_tokens: int | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The clipped surrogate (PPO, arXiv:1707.06347), to be minimised: a mean over all response tokens.
+    """The clipped surrogate (PPO, arXiv:1707.06347) in one of the forms above, to be minimised.
 
-    logprobs, old_logprobs (B, T), advantages (B,), mask (B, T) bool. Returns the loss and
-    {"clip_fraction": share of tokens whose gradient the clip removed}. Raises ValueError for an unknown kind.
+    logprobs, old_logprobs (B, T), advantages (B,), mask (B, T) bool; the clip range is the kind's own by default;
+    max_new_tokens is T_max of dr_grpo (default T). Returns the loss and {"clip_fraction": share of tokens whose
+    gradient the clip removed}. Raises ValueError for an unknown kind.
 
     One token became 1.5 times as likely; a good one counts as 1.2 at most, a bad one in full:
     >>> now, then, mask = torch.tensor([[1.5]]).log(), torch.zeros(1, 1), torch.tensor([[True]])
     >>> [policy_loss(now, then, torch.tensor([A]), mask)[0].item() for A in (1.0, -1.0)]
     [-1.2000000476837158, 1.5]
     """
-    known("policy loss kind", kind, ["grpo"])
-    ratio = (logprobs - old_logprobs).exp()  # (B, T)
-    advantage = advantages[:, None]  # (B,) -> (B, 1): every token gets its rollout's
-    free = ratio * advantage
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
-    loss = -torch.minimum(free, clipped)[mask].mean()
-    return loss, {"clip_fraction": (clipped < free)[mask].float().mean().item()}
+    known("policy loss kind", kind, list(POLICY_LOSSES))
+    form = POLICY_LOSSES[kind]
+    low, high = form.low if clip_low is None else clip_low, form.high if clip_high is None else clip_high
+    surrogate, cut = form.clip(logprobs - old_logprobs, advantages[:, None], mask, low, high)  # (B, T)
+    if form.mean_over == "tokens":
+        mean = surrogate[mask].mean()
+    elif form.mean_over == "responses":
+        mean = response_mean(surrogate, mask).mean()
+    else:
+        mean = surrogate[mask].sum() / (len(mask) * (max_new_tokens or mask.shape[1]))
+    return -mean, {"clip_fraction": cut[mask].float().mean().item()}
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -924,13 +1041,17 @@ class CLIPOConfig:
     lr_warmup_steps: int = setting(0, "policy steps over which lr rises linearly", "authors' code", low=0)
     weight_decay: float = setting(0.01, "policy weight decay", "verl's default", low=0)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", "authors' code", above=0)
-    clip_low: float = setting(0.2, "the ratio is clipped below 1 - this", "paper", low=0, high=1)
-    clip_high: float = setting(0.2, "the ratio is clipped above 1 + this", "paper", low=0)
+    policy_loss: str = setting("grpo", "what is clipped and averaged", "paper", choices=list(POLICY_LOSSES))
+    clip_low: float | None = setting(
+        None, "the ratio is clipped below 1 - this (the loss's own)", "paper", low=0, high=1
+    )
+    clip_high: float | None = setting(None, "the ratio is clipped above 1 + this (the loss's own)", "paper", low=0)
     beta: float = setting(0.001, "weight of the k3 KL to the frozen start; 0: no reference is kept", "paper", low=0)
-    scale_by_std: bool = setting(True, "divide advantages by the group's std (off: Dr. GRPO)", "paper")
+    scale_by_std: bool = setting(True, "divide advantages by the group's std (dr_grpo never does)", "paper")
 
     weight: float = setting(0.2, "lambda, weight of the contrastive reward; 0 is plain GRPO", "paper", low=0)
     contrastive_kind: str = setting("infonce", "contrastive loss", "paper", choices=list(CONTRASTIVE_LOSSES))
+    contrastive_scope: str = setting("group", "where positives and negatives come from", "paper", choices=list(SCOPES))
     contrastive_temperature: float = setting(0.05, "tau, temperature of the similarities", "paper", above=0)
     reward_floor: float = setting(-0.5, "least contrastive reward", "paper", high=0)
     reward_ceiling: float = setting(1.0, "largest contrastive reward", "ours; the paper's is never above 0", low=0)
@@ -940,7 +1061,9 @@ class CLIPOConfig:
     head_mlp: bool = setting(False, "MLP head in place of a linear one", "authors' code")
     head_lr: float = setting(1e-3, "head learning rate (AdamW)", "paper", low=0)
     head_weight_decay: float = setting(0.01, "head weight decay", "paper", low=0)
-    head_steps: int = setting(1, "head updates per step; the reward is from before them", "paper: 1; ours: 4", low=1)
+    head_steps: int = setting(
+        1, "head updates per step; the reward is from before them; 0: a fixed head", "paper: 1; ours: 4", low=0
+    )
     head_warmup_steps: int = setting(14, "first steps, in which only the head learns (weight > 0)", "paper", low=0)
 
     max_batch: int = setting(256, "rollouts under way at once; the others wait for a free row", "memory only", low=1)
@@ -957,8 +1080,10 @@ class CLIPOConfig:
     def __post_init__(self):
         for f in fields(self):
             value, about = getattr(self, f.name), f.metadata
+            if value is None and f.default is None:
+                continue
             expected = []
-            if isinstance(f.default, float) and not math.isfinite(value):
+            if isinstance(value, float) and not math.isfinite(value):
                 expected.append("a finite number")
             if about["low"] is not None and not value >= about["low"]:
                 expected.append(f"at least {about['low']}")
@@ -1089,7 +1214,8 @@ class CLIPO:
             embedding, loss, anchors, head_metrics = self.contrast(rollouts, correct)
             contrastive = self.reward_agreement(loss, anchors, correct, rollouts.group)
         reward = correct.float() + contrastive
-        advantage = group_advantages(reward, rollouts.group, scale_by_std=self.config.scale_by_std)
+        scale_by_std = self.config.scale_by_std and POLICY_LOSSES[self.config.policy_loss].scale_by_std
+        advantage = group_advantages(reward, rollouts.group, scale_by_std=scale_by_std)
         with self.phase("update", seconds), self.mixed_precision():
             policy_metrics = {} if self.warming_up else self.update(prompts, rollouts, advantage)
 
@@ -1143,7 +1269,7 @@ class CLIPO:
         if config.center_hidden:
             hidden = hidden - group_mean(hidden, rollouts.group)
         before, grad_norm = None, None
-        for _ in range(config.head_steps):
+        for _ in range(max(1, config.head_steps)):
             z = self.head(hidden)
             loss, anchors = contrastive_loss(
                 z,
@@ -1151,18 +1277,21 @@ class CLIPO:
                 rollouts.group,
                 kind=config.contrastive_kind,
                 temperature=config.contrastive_temperature,
+                scope=config.contrastive_scope,
                 generator=random,
             )
             before = before or (z.detach(), loss.detach(), anchors)
-            if not anchors.any():
-                break  # nothing to learn from
+            if not anchors.any() or config.head_steps == 0:
+                break  # nothing to learn from, or a fixed head
             grad_norm = self.descend(self.head_optimizer, loss[anchors].mean())
         return *before, {"head_grad_norm": grad_norm}
 
     def reward_agreement(self, loss: Tensor, anchors: Tensor, correct: Tensor, group: Tensor) -> Tensor:
         """rc (B,) with this run's weight, caps and zero point."""
         config = self.config
-        chance = chance_level(correct, group, kind=config.contrastive_kind) if config.reward_from_chance else 0.0
+        chance = 0.0
+        if config.reward_from_chance:
+            chance = chance_level(correct, group, kind=config.contrastive_kind, scope=config.contrastive_scope)
         return contrastive_reward(
             loss,
             anchors,
@@ -1200,25 +1329,30 @@ class CLIPO:
         for rows in micro_batches(lengths, config.micro_batch_tokens, block):
             rows = torch.tensor(rows, device=advantage.device)
             part = rollouts.select(rows)
-            share = part.mask.sum().item() / tokens  # a mean over tokens is a weighted mean of the parts' means
+            # A mean over tokens (or responses) is a mean of the parts' means, weighted by their tokens (or responses).
+            token_share, response_share = part.mask.sum().item() / tokens, len(rows) / len(lengths)
+            share = token_share if POLICY_LOSSES[config.policy_loss].mean_over == "tokens" else response_share
             logprobs = response_logprobs(self.policy, prompts, part, temperature=temperature)
             loss, stats = policy_loss(
                 logprobs,
                 part.logprobs,
                 advantage[rows],
                 part.mask,
+                kind=config.policy_loss,
                 clip_low=config.clip_low,
                 clip_high=config.clip_high,
+                max_new_tokens=config.max_new_tokens,
             )
+            loss = share * loss
             if self.reference is not None:
                 with torch.no_grad():
                     reference = response_logprobs(self.reference, prompts, part, temperature=temperature)
                 kl = kl_k3(logprobs, reference)[part.mask].mean()
-                loss = loss + config.beta * kl
-                totals["kl"] += share * kl.item()
-            (share * loss).backward()
-            totals["policy_loss"] += share * loss.item()
-            totals["clip_fraction"] += share * stats["clip_fraction"]
+                loss = loss + token_share * config.beta * kl
+                totals["kl"] += token_share * kl.item()
+            loss.backward()
+            totals["policy_loss"] += loss.item()
+            totals["clip_fraction"] += token_share * stats["clip_fraction"]
         return {**totals, "policy_grad_norm": self.descend(self.policy_optimizer)}
 
     def descend(self, optimizer: torch.optim.Optimizer, loss: Tensor | None = None) -> float:

@@ -128,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
         about = f.metadata
         values = {name: {**track, **(INFORMATIVE if name == "toy" else {})} for name, track in TRACKS.items()}
         special = "".join(f"; {name}: {v[f.name]}" for name, v in values.items() if f.name in v)
-        kind = type(f.default)
+        kind = float if f.default is None else type(f.default)
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
         else:

@@ -21,24 +21,31 @@ def batch(seed=0, d=24):
     return z, correct, group
 
 
-def by_the_formula(z, correct, group, kind, tau, positives=None):
-    """L_i for every row, term by term: InfoNCE with the drawn positive, decoupled with all."""
+def by_the_formula(z, correct, group, kind, tau, positives=None, scope="group"):
+    """L_i for every row, term by term; with all positives unless `positives` names one for each row."""
     losses, anchors = [], []
     for i in range(len(z)):
-        others = [a for a in range(len(z)) if a != i and group[a] == group[i]]
-        right = [a for a in others if correct[a]]
-        wrong = [a for a in others if not correct[a]]
+        others = [a for a in range(len(z)) if a != i]
+        same = [a for a in others if group[a] == group[i]]
+        right = [a for a in (others if scope == "batch" else same) if correct[a]]
+        wrong = [a for a in (same if scope == "group" else others) if not correct[a]]
         anchors.append(bool(correct[i] and right and wrong))
         if not anchors[-1]:
             losses.append(z.new_zeros(()))
             continue
         s = {a: (z[i] * z[a]).sum() / tau for a in others}
         chosen = right if positives is None else [int(positives[i])]
-        if kind == "infonce":
-            terms = [-s[j] + torch.log(sum(torch.exp(s[a]) for a in others)) for j in chosen]
+        everyone = sum(torch.exp(s[a]) for a in right + wrong)
+        shares = [torch.exp(s[j]) / everyone for j in chosen]
+        if kind in ("infonce", "supcon_out"):
+            losses.append(sum(-torch.log(share) for share in shares) / len(shares))
+        elif kind == "supcon_in":
+            losses.append(-torch.log(sum(shares) / len(shares)))
+        elif kind == "soft_nn":
+            losses.append(-torch.log(sum(shares)))
         else:
             terms = [torch.log(1 + sum(torch.exp(s[k] - s[j]) for k in wrong)) for j in chosen]
-        losses.append(sum(terms) / len(terms))
+            losses.append(sum(terms) / len(terms))
     return torch.stack(losses), torch.tensor(anchors)
 
 
@@ -49,16 +56,22 @@ def some_positives(correct, group):
 
 
 @pytest.mark.parametrize("tau", [0.05, 0.5])
-@pytest.mark.parametrize("kind, given", [("infonce", True), ("decoupled", True), ("decoupled", False)])
-def test_loss_and_gradient_equal_the_formula(kind, given, tau):
+@pytest.mark.parametrize("scope, count", [("group", 5), ("cross", 7), ("batch", 9)])
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("kind", list(clipo.CONTRASTIVE_LOSSES))
+def test_loss_and_gradient_equal_the_formula(kind, given, scope, count, tau):
     z, correct, group = batch()
-    positives = some_positives(correct, group) if given else None
+    if kind == "infonce" and not given:
+        return  # it draws: see below
+    positives = some_positives(correct, group if scope != "batch" else 0 * group) if given else None
     z.requires_grad_()
-    expected, expected_anchors = by_the_formula(z, correct, group, kind, tau, positives)
+    expected, expected_anchors = by_the_formula(z, correct, group, kind, tau, positives, scope)
     (expected_gradient,) = torch.autograd.grad(expected[expected_anchors].mean(), z)
-    loss, anchors = clipo.contrastive_loss(z, correct, group, kind=kind, temperature=tau, positives=positives)
+    loss, anchors = clipo.contrastive_loss(
+        z, correct, group, kind=kind, temperature=tau, scope=scope, positives=positives
+    )
     (gradient,) = torch.autograd.grad(loss[anchors].mean(), z)
-    assert anchors.tolist() == expected_anchors.tolist() and anchors.sum() == 5
+    assert anchors.tolist() == expected_anchors.tolist() and anchors.sum() == count
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient, expected_gradient)
 
@@ -88,7 +101,7 @@ def test_the_drawn_positive_is_uniform_over_the_others_and_follows_the_seed():
     assert torch.equal(draw(7), draw(7))
 
 
-@pytest.mark.parametrize("kind", ["infonce", "decoupled"])
+@pytest.mark.parametrize("kind", list(clipo.CONTRASTIVE_LOSSES))
 @pytest.mark.parametrize("flags", ["0000", "1000", "1111", "1", "0"])
 def test_groups_without_contrast_give_zeros_and_no_nan(kind, flags):
     correct = torch.tensor([c == "1" for c in flags])
@@ -101,13 +114,14 @@ def test_groups_without_contrast_give_zeros_and_no_nan(kind, flags):
     assert not hidden.grad.any()  # which also says: no NaN
 
 
-@pytest.mark.parametrize("kind", ["infonce", "decoupled"])
-def test_identical_embeddings_sit_at_the_chance_level(kind):
+@pytest.mark.parametrize("scope", clipo.SCOPES)
+@pytest.mark.parametrize("kind", list(clipo.CONTRASTIVE_LOSSES))
+def test_identical_embeddings_sit_at_the_chance_level(kind, scope):
     """Where nothing can be told apart, L is the log of how many stand in the softmax."""
     _, correct, group = batch()
     z = torch.zeros(len(group), 4).index_fill(1, torch.tensor(2), 1.0)
-    loss, anchors = clipo.contrastive_loss(z, correct, group, kind=kind)
-    torch.testing.assert_close(loss[anchors], clipo.chance_level(correct, group, kind=kind)[anchors])
+    loss, anchors = clipo.contrastive_loss(z, correct, group, kind=kind, scope=scope)
+    torch.testing.assert_close(loss[anchors], clipo.chance_level(correct, group, kind=kind, scope=scope)[anchors])
 
 
 def test_the_floor_of_a_perfect_head():
@@ -150,8 +164,8 @@ def test_head_gives_unit_vectors_of_bias_free_layers(mlp, layers):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"kind": "simclr"}, "contrastive kind is 'simclr'; expected one of: infonce, decoupled"),
-        ({"scope": "world"}, "contrastive scope is 'world'; expected one of: group"),
+        ({"kind": "simclr"}, "contrastive kind is 'simclr'; expected one of: infonce, supcon_out"),
+        ({"scope": "world"}, "contrastive scope is 'world'; expected one of: group, cross"),
         ({"temperature": 0.0}, "temperature is 0.0; expected a positive number"),
         ({"positives": torch.tensor([0, 1, 2])}, "not another correct rollout"),  # oneself is no positive
     ],
@@ -175,27 +189,52 @@ def test_advantages_equal_a_plain_computation():
     assert not clipo.group_advantages(torch.ones(4), torch.tensor([0, 0, 1, 1])).any()
 
 
-def test_policy_loss_and_gradient_equal_the_formula():
+def policy_terms(kind, new, old, advantages, mask, low, high):
+    """J of every response, term by term: a list of its tokens' contributions, and how many the clip cut off."""
+    responses, cut = [], 0
+    for b in range(len(mask)):
+        tokens = [t for t in range(mask.shape[1]) if mask[b, t]]
+        A, logs = advantages[b], [new[b, t] - old[b, t] for t in tokens]
+        if kind == "gmpo":
+            bounded = [torch.clamp(x, max=high) if A > 0 else torch.clamp(x, min=-low) for x in logs]
+            cut += sum(bool(x != y) for x, y in zip(logs, bounded, strict=True))
+            responses.append([torch.exp(sum(bounded) / len(bounded)) * A] * len(tokens))
+            continue
+        if kind == "gspo":
+            logs = [sum(logs) / len(logs)] * len(logs)
+        ratios = [torch.exp(x) for x in logs]
+        responses.append([torch.min(r * A, torch.clamp(r, 1 - low, 1 + high) * A) for r in ratios])
+        cut += sum(bool((A > 0 and r > 1 + high) or (A < 0 and r < 1 - low)) for r in ratios)
+    return responses, cut
+
+
+RANGES = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "gmpo": (0.4, 0.4)}
+
+
+@pytest.mark.parametrize("given", [None, (0.1, 0.3)])
+@pytest.mark.parametrize("kind", list(clipo.POLICY_LOSSES))
+def test_policy_loss_and_gradient_equal_the_formula(kind, given):
     g = torch.Generator().manual_seed(0)
-    mask = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
-    old = torch.randn(3, 3, generator=g, dtype=torch.float64) * mask
-    new = (old + 0.5 * torch.randn(3, 3, generator=g, dtype=torch.float64)).requires_grad_()
-    advantages = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    terms, clipped = [], 0
-    for b in range(3):
-        for t in range(3):
-            if mask[b, t]:
-                rho = torch.exp(new[b, t] - old[b, t])
-                bounded = torch.clamp(rho, 1 - 0.1, 1 + 0.3)
-                terms.append(-torch.min(rho * advantages[b], bounded * advantages[b]))
-                clipped += int((advantages[b] > 0 and rho > 1.3) or (advantages[b] < 0 and rho < 0.9))
-    expected = sum(terms) / len(terms)
-    loss, stats = clipo.policy_loss(new, old, advantages, mask, clip_low=0.1, clip_high=0.3)
+    mask = torch.arange(5) < torch.tensor([5, 1, 3, 4])[:, None]
+    old = torch.randn(4, 5, generator=g, dtype=torch.float64) * mask
+    new = (old + 0.5 * torch.randn(4, 5, generator=g, dtype=torch.float64) * mask).requires_grad_()
+    advantages = torch.tensor([1.0, -2.0, 0.5, -1.0], dtype=torch.float64)
+    low, high = given or RANGES[kind]
+    responses, cut = policy_terms(kind, new, old, advantages, mask, low, high)
+    if kind in ("gspo", "gmpo"):
+        expected = -sum(sum(terms) / len(terms) for terms in responses) / 4
+    else:
+        expected = -sum(map(sum, responses)) / (4 * 7 if kind == "dr_grpo" else 13)
+    chosen = dict(clip_low=low, clip_high=high) if given else {}
+    loss, stats = clipo.policy_loss(new, old, advantages, mask, kind=kind, max_new_tokens=7, **chosen)
     torch.testing.assert_close(loss, expected)
-    assert clipped > 0 and stats["clip_fraction"] == pytest.approx(clipped / len(terms))
+    assert cut > 0 and stats["clip_fraction"] == pytest.approx(cut / 13)
     torch.testing.assert_close(*(torch.autograd.grad(x, new)[0] for x in (loss, expected)))
-    with pytest.raises(ValueError, match="policy loss kind is 'ppo'; expected one of: grpo"):
-        clipo.policy_loss(new, old, advantages, mask, kind="ppo")
+
+
+def test_an_unknown_policy_loss_is_named():
+    with pytest.raises(ValueError, match="policy loss kind is 'ppo'; expected one of: grpo, dr_grpo, dapo, gspo, gmpo"):
+        clipo.policy_loss(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1).bool(), kind="ppo")
 
 
 def test_kl_k3_is_an_unbiased_estimate_of_the_kl():

@@ -140,14 +140,44 @@ def test_a_batch_without_any_anchor(verdict):
     assert same(head, weights(t.head)) and same(policy, weights(t.policy))
 
 
-def test_the_gradient_does_not_depend_on_the_micro_batches():
-    whole, parts = trainer(beta=0.1), trainer(beta=0.1, micro_batch_tokens=25)
+@pytest.mark.parametrize("policy_loss", list(clipo.POLICY_LOSSES))
+def test_the_gradient_does_not_depend_on_the_micro_batches(policy_loss):
+    chosen = dict(beta=0.1, policy_loss=policy_loss)
+    whole, parts = trainer(**chosen), trainer(**chosen, micro_batch_tokens=25)
     for _ in range(2):  # in the second step the reference differs from the policy
         a, b = whole.step(PROMPTS, ANSWERS), parts.step(PROMPTS, ANSWERS)
     for name in ("policy_loss", "kl", "policy_grad_norm", "clip_fraction"):
         assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6)
     for p, q in zip(whole.policy.parameters(), parts.policy.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-3)
+
+
+def test_a_fixed_head_is_never_trained():
+    t = trainer(head_steps=0)
+    before = weights(t.head)
+    metrics = t.step(PROMPTS, ANSWERS)
+    assert same(weights(t.head), before) and metrics["head_grad_norm"] is None
+    assert t.last.contrastive.abs().sum() > 0  # and still rewards
+
+
+def test_dr_grpo_does_not_divide_by_the_groups_std():
+    t = trainer(policy_loss="dr_grpo")
+    t.step(PROMPTS, ANSWERS)
+    centred = t.last.reward - clipo.group_mean(t.last.reward, t.last.rollouts.group)
+    torch.testing.assert_close(t.last.advantage, centred)
+
+
+@pytest.mark.parametrize("scope", clipo.SCOPES)
+def test_the_scope_reaches_loss_and_chance_level(scope):
+    chosen = dict(contrastive_scope=scope, contrastive_kind="supcon_out", contrastive_temperature=0.5)
+    t = trainer(**chosen, reward_from_chance=True, weight=1.0, reward_floor=-9.0, reward_ceiling=9.0)
+    t.step(PROMPTS, ANSWERS)
+    group, correct = t.last.rollouts.group, t.last.correct
+    loss, anchors = clipo.contrastive_loss(
+        t.last.embedding, correct, group, kind="supcon_out", temperature=0.5, scope=scope
+    )
+    chance = clipo.chance_level(correct, group, kind="supcon_out", scope=scope)
+    torch.testing.assert_close(t.last.contrastive, torch.where(anchors, chance - loss, 0 * loss))
 
 
 @pytest.mark.parametrize("size, updates", [(4, 1), (3, 2), (2, 2), (1, 4), (100, 1)])
@@ -236,7 +266,7 @@ def test_the_generation_configs_end_token_wins_over_the_tokenizers():
         ("lr", -1.0, "at least 0"),
         ("clip_low", 1.5, "at most 1"),
         ("reward_floor", 0.5, "at most 0"),
-        ("contrastive_kind", "simclr", "one of: infonce, decoupled"),
+        ("contrastive_kind", "simclr", "one of: infonce, supcon_out"),
         ("compute_dtype", "float16", "one of: auto, float32, bfloat16"),
     ],
 )
@@ -248,7 +278,7 @@ def test_settings_out_of_range(name, value, expected):
 def test_the_defaults_are_the_papers_constants():
     c, m = CLIPOConfig(), CLIPOConfig.for_track("math")
     assert (c.prompts_per_step, c.mini_batch_prompts, c.samples_per_prompt) == (512, 256, 16)
-    assert (c.lr, c.beta, c.clip_low, c.clip_high, c.d_embed) == (1e-6, 0.001, 0.2, 0.2, 512)
+    assert (c.lr, c.beta, c.policy_loss, c.d_embed) == (1e-6, 0.001, "grpo", 512)
     assert (c.contrastive_temperature, c.weight, c.reward_floor, c.head_warmup_steps) == (0.05, 0.2, -0.5, 14)
     assert (m.prompts_per_step, m.mini_batch_prompts, m.max_new_tokens, m.d_embed) == (128, 128, 4096, 2048)
     assert (m.head_warmup_steps, m.lr, m.weight) == (58, 1e-6, 0.2)
