@@ -659,18 +659,18 @@ def group_rows(group: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def group_sum(values: Tensor, group: Tensor) -> Tensor:
-    """The sum over each row's group, for every row: (B,) -> (B,).
+    """The sum over each row's group, for every row: (B, ...) -> (B, ...).
 
     >>> group_sum(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1]))
     tensor([4., 4., 5.])
     """
-    return group_mean(values, group) * group_size(group)
+    labels, member = group.unique(return_inverse=True)
+    return values.new_zeros(len(labels), *values.shape[1:]).index_add(0, member, values)[member]
 
 
 def group_size(group: Tensor) -> Tensor:
     """How many rows stand in each row's group: (B,) -> (B,) float."""
-    _, member, size = group.unique(return_inverse=True, return_counts=True)
-    return size[member].float()
+    return group_sum(torch.ones_like(group, dtype=torch.float32), group)
 
 
 def group_mean(values: Tensor, group: Tensor) -> Tensor:
@@ -679,9 +679,7 @@ def group_mean(values: Tensor, group: Tensor) -> Tensor:
     >>> group_mean(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1]))
     tensor([2., 2., 5.])
     """
-    _, member, size = group.unique(return_inverse=True, return_counts=True)
-    total = values.new_zeros(len(size), *values.shape[1:]).index_add(0, member, values)
-    return (total / size.view(-1, *[1] * (values.ndim - 1)))[member]
+    return group_sum(values, group) / group_size(group).view(-1, *[1] * (values.ndim - 1))
 
 
 def log_sum(similarity: Tensor, allowed: Tensor) -> Tensor:

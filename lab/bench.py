@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +87,8 @@ class Machine:
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
         elif sys.platform == "linux":
-            Path("/proc/self/clear_refs").write_text("5")  # the kernel's own way to reset VmHWM
+            with suppress(OSError):  # a sandbox may forbid it; then it is the peak since the start
+                Path("/proc/self/clear_refs").write_text("5")  # the kernel's own way to reset VmHWM
 
     def peak(self) -> float | None:
         """GB at most since `forget_peak`: allocated on the GPU, or resident in the whole process."""
