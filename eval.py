@@ -412,7 +412,8 @@ def folder_of(model: str) -> Path:
 def begin(settings: Evaluation, out: Path, resume: bool) -> list[dict]:
     """Make or open the folder of an evaluation; the lines that it has already. Raises UserError."""
     wanted, file = asdict(settings), out / "settings.json"
-    if file.is_file():
+    rows = checkpoint.read_lines(out / "rollouts.jsonl") if file.is_file() else []
+    if rows:
         before = json.loads(file.read_text(encoding="utf-8"))
         if not resume:
             raise UserError(f"{out} already holds an evaluation; go on with --resume, or choose another --out")
@@ -420,7 +421,7 @@ def begin(settings: Evaluation, out: Path, resume: bool) -> list[dict]:
             raise UserError(f"{out} was begun with another {', '.join(changed)}; leave it so, or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
-    return checkpoint.read_lines(out / "rollouts.jsonl")
+    return rows
 
 
 def open_model(settings: Evaluation, device: torch.device):
@@ -436,8 +437,8 @@ def open_model(settings: Evaluation, device: torch.device):
 
 def evaluate_model(settings: Evaluation, out: Path, device: torch.device, resume: bool) -> bool:
     """One model on all its benchmarks, results to `out`; False if a benchmark could not be loaded."""
-    rows, file = begin(settings, out, resume), out / "rollouts.jsonl"
     model, tokenizer = open_model(settings, device)
+    rows, file = begin(settings, out, resume), out / "rollouts.jsonl"
     complete, results = True, {}
     for benchmark in settings.data:
         try:

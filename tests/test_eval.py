@@ -266,6 +266,13 @@ def test_nothing_is_overwritten_and_other_settings_are_refused(folder, tmp_path,
     assert (out / "rollouts.jsonl").read_text() == before
 
 
+def test_a_mistake_leaves_no_folder_that_blocks_the_next_try(folder, tmp_path):
+    given = (folder, "--data", "toy", "--limit", 2, "--out", tmp_path / "out")
+    assert run(*given, "--max-new-tokens", 300) == 2
+    assert run("/nowhere", *given[1:]) == 2
+    assert run(*given) == 0
+
+
 def test_a_model_that_cannot_be_served_is_refused(folder, tmp_path, monkeypatch, capsys):
     def refuse(model):
         raise NotImplementedError("it cannot be served by KVCache")
