@@ -166,7 +166,12 @@ def table(results: dict[str, dict], *, markdown: bool = False) -> str:
     if markdown:
         lines.insert(1, ["---"] * len(lines[0]))
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Cells in columns, as text."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
 
 
@@ -496,12 +501,12 @@ def comparison(before: str, after: str) -> str:
     results = compare(*lines)
     if not results:
         raise UserError(f"{before} and {after} have no problem in common; evaluate both on the same --data")
-    texts = [["benchmark", "problems", f"{after} - {before}, points", "gained", "lost", "McNemar p"]]
-    for name, r in results.items():
-        texts.append([name, str(r["problems"]), cell(r["difference"]), str(r["gained"]), str(r["lost"]),
-                      f"{r['mcnemar_p']:.2g}"])  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    return "\n".join("  ".join(t.ljust(w) for t, w in zip(line, widths, strict=True)) for line in texts)
+    names = ["benchmark", "problems", f"{after} - {before}, points", "gained", "lost", "McNemar p"]
+    cells = [
+        [name, str(r["problems"]), cell(r["difference"]), str(r["gained"]), str(r["lost"]), f"{r['mcnemar_p']:.2g}"]
+        for name, r in results.items()
+    ]
+    return aligned([names, *cells])
 
 
 def run(given: argparse.Namespace) -> int:
