@@ -1167,7 +1167,7 @@ def end_of_sequence_ids(model, tokenizer) -> list[int]:
 
 
 def computes_in_bfloat16(device: str) -> bool:
-    """Does this kind of device have bfloat16 instructions? (Some CPUs: a 34M model's step takes 0.4 of the time.)"""
+    """Does this kind of device have bfloat16 instructions? (Some CPUs: a 34M model's step takes half the time.)"""
     return device == "cuda" or (device == "cpu" and torch.cpu._is_avx512_bf16_supported())
 
 
