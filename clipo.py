@@ -223,6 +223,18 @@ def pad_right(sequences: Sequence[Sequence[int]], device) -> Tensor:
     return torch.tensor([list(ids) + [0] * (longest - len(ids)) for ids in sequences], device=device)
 
 
+def prompts_of(group: Tensor, prompts: Sequence[Sequence[int]]) -> tuple[list[Sequence[int]], Tensor, Tensor, Tensor]:
+    """The prompts that rows of `group` (rows,) continue, each once; and for each row which, its last token, its length.
+
+    >>> prompts_of(torch.tensor([2, 0, 2]), [[7, 8], [5], [9]])
+    ([[7, 8], [9]], tensor([1, 0, 1]), tensor([9, 8, 9]), tensor([1, 2, 1]))
+    """
+    used, origin = group.unique(return_inverse=True)
+    prompts = [prompts[g] for g in used.tolist()]
+    last, length = group.new_tensor([p[-1] for p in prompts]), group.new_tensor([len(p) for p in prompts])
+    return prompts, origin, last[origin], length[origin]
+
+
 def prefill(model, prompts: Sequence[Sequence[int]], cache: KVCache | SharedPrompts) -> None:
     """One row of the cache for each prompt: all of it but its last token, which is fed with the response."""
     tokens = pad_right(prompts, model.device)  # (P, longest)
@@ -474,12 +486,10 @@ class Batch:
 
     def admit(self, new: Tensor, model) -> None:
         """Rows for the waiting rollouts `new`, (N,) long: each of their prompts goes through the model once."""
-        group, origin = self.group[new].unique(return_inverse=True)
-        prompts = [self.prompts[g] for g in group.tolist()]
+        prompts, origin, token, length = prompts_of(self.group[new], self.prompts)
         filled = KVCache(len(prompts), max(map(len, prompts)))
         prefill(model, prompts, filled)
         self.cache.copy(filled, origin, first=self.rows, slots=filled.used)
-        token, length = (group.new_tensor(of)[origin] for of in ([p[-1] for p in prompts], [len(p) for p in prompts]))
         self.table[:, self.rows : self.rows + len(new)] = torch.stack([new, 0 * new, token, length - 1])
         self.rows += len(new)
 
@@ -588,9 +598,7 @@ def response_logprobs(
 
     prompts: P lists of token ids; row b continues prompts[rollouts.group[b]].
     """
-    group, origin = rollouts.group.unique(return_inverse=True)
-    prompts = [prompts[g] for g in group.tolist()]
-    last, length = (group.new_tensor(of)[origin] for of in ([p[-1] for p in prompts], [len(p) for p in prompts]))
+    prompts, origin, last, length = prompts_of(rollouts.group, prompts)
     tokens = torch.cat([last[:, None], rollouts.tokens[:, :-1]], dim=1)  # (B, T): the state at t - 1 predicts token t
     positions = length[:, None] - 1 + torch.arange(tokens.shape[1], device=tokens.device)  # (B, T)
     cache = SharedPrompts(origin)
@@ -888,7 +896,7 @@ def group_advantages(rewards: Tensor, group: Tensor, *, scale_by_std: bool = Tru
 #    grpo      every token's rho                                  all tokens
 #    dr_grpo   the same                                           B times T_max places: long answers weigh more
 #    dapo      the same, more room above: 1 + 0.28                all tokens
-#    gspo      a response's geometric mean of rho, at 1 -+ 4e-4   responses
+#    gspo      a response's geometric mean, to 1 - 3e-4, 1 + 4e-4  responses
 #    gmpo      log rho in [-0.4, 0.4], before the geometric mean  responses
 # =====================================================================================================
 

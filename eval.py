@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from scipy.stats import binomtest
 from tqdm import tqdm
 
 import checkpoint
@@ -90,7 +89,7 @@ def majority(answers: Sequence[str | None], correct: Sequence[bool]) -> bool:
     >>> majority(["7", None, "8.0", "8"], [True, False, False, False])
     False
     """
-    votes = [as_number(plain(answer)) or plain(answer) for answer in answers if answer is not None]
+    votes = [as_number(text) or text for text in (plain(answer) for answer in answers if answer is not None)]
     if not votes:
         return False
     winner = Counter(votes).most_common(1)[0][0]
@@ -181,6 +180,8 @@ def compare(before: Sequence[dict], after: Sequence[dict]) -> dict[str, dict]:
     {"problems", "difference": mean of pass@1 differences with its bootstrap interval, "gained", "lost": how many
     problems (by the majority where there are several samples), "mcnemar_p": exact, two-sided}.
     """
+    from scipy.stats import binomtest  # here: train.py imports this module too, and scipy.stats takes its time
+
     first = {(row["benchmark"], row["problem"], row["gold"]): row for row in before}
     pairs: dict[str, list[tuple[dict, dict]]] = {}
     for row in after:
