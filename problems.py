@@ -271,7 +271,8 @@ def are_correct(texts: Sequence[str], golds: Sequence[str], *, lenient: bool = F
     return verdicts
 
 
-LONGEST = 300  # characters of an answer that math-verify may see (MATH-500's longest has 53); longer ones must match exactly
+# Characters that math-verify may see; MATH-500's longest answer has 53. A longer answer must match exactly.
+LONGEST = 300
 
 
 def compare(answer: str, gold: str) -> bool | None:
