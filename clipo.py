@@ -81,6 +81,18 @@ class Rollouts:
             self.group[rows],
         )
 
+    def put(self, rows: Tensor, other: Rollouts) -> Rollouts:
+        """These rollouts with all of `other` in place of the given rows, (N,) long; the rows keep their group."""
+        longest = max(self.tokens.shape[1], other.tokens.shape[1])
+
+        def merged(mine: Tensor, theirs: Tensor) -> Tensor:  # (B, T or D), (N, T or D)
+            if mine is not self.hidden:
+                mine, theirs = (F.pad(part, (0, longest - part.shape[1])) for part in (mine, theirs))
+            return mine.index_copy(0, rows, theirs)
+
+        pairs = ((getattr(self, name), getattr(other, name)) for name in ("tokens", "mask", "logprobs", "hidden"))
+        return Rollouts(*(merged(*pair) for pair in pairs), self.group)
+
 
 class KVCache:
     """Keys and values of all layers, preallocated; the model takes it as `past_key_values`.
@@ -861,9 +873,39 @@ def contrastive_reward(
     return torch.where(anchors, reward, torch.zeros_like(reward))
 
 
+def shuffle_within_groups(values: Tensor, chosen: Tensor, group: Tensor, generator: torch.Generator) -> Tensor:
+    """Deal the values of the chosen rows out anew among the chosen rows of their group; all arguments (B,).
+
+    The control of every claim about the contrastive reward: the same numbers in every group, saying nothing.
+
+    >>> values, chosen = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([True, True, False, True])
+    >>> shuffle_within_groups(values, chosen, torch.tensor([0, 0, 0, 1]), torch.Generator().manual_seed(1))
+    tensor([2., 1., 3., 4.])
+    """
+    rows = chosen.nonzero()[:, 0]
+    shuffled = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
+    to, origin = (order[group[order].argsort(stable=True)] for order in (rows, shuffled))  # both group by group
+    return values.index_put((to,), values[origin])
+
+
 # =====================================================================================================
 # 4. Group-relative advantage (GRPO, arXiv:2402.03300):   A_i = (R_i - mean R) / (std R + eps),  R = r + rc
+#
+#    DAPO takes up to 1 off the R of a response that gets close to the longest length, or reaches it (arXiv:2503.14476)
 # =====================================================================================================
+
+
+def overlong_penalty(length: Tensor, max_new_tokens: int, buffer: int) -> Tensor:
+    """0 up to max_new_tokens - buffer tokens, then falling evenly to -1 at max_new_tokens: (B,) -> (B,) float.
+
+    buffer 0: no penalty. (DAPO's soft overlong punishment.)
+
+    >>> overlong_penalty(torch.tensor([5, 8, 9, 10]), max_new_tokens=10, buffer=4)
+    tensor([ 0.0000, -0.5000, -0.7500, -1.0000])
+    """
+    if buffer == 0:
+        return torch.zeros_like(length, dtype=torch.float32)
+    return ((max_new_tokens - buffer - length) / buffer).clamp(-1, 0)
 
 
 def group_std(values: Tensor, group: Tensor) -> Tensor:
@@ -1017,17 +1059,18 @@ TRACKS: dict[str, dict] = {
         steps=580, prompts_per_step=128, mini_batch_prompts=128, max_new_tokens=4096, d_embed=2048, head_warmup_steps=58
     ),
     "toy": dict(
-        steps=60, prompts_per_step=16, mini_batch_prompts=16, max_prompt_tokens=128, max_new_tokens=24,
-        lr=1e-4, lr_warmup_steps=5, beta=0.0, head_warmup_steps=10, micro_batch_tokens=4096,
+        steps=40, prompts_per_step=16, mini_batch_prompts=16, max_prompt_tokens=128, max_new_tokens=24,
+        lr=2e-4, lr_warmup_steps=5, beta=0.0, head_warmup_steps=4, micro_batch_tokens=2048,
         compute_dtype="float32",  # bfloat16 gains a fifth at this size, and not every CPU has it
     ),
 }  # fmt: skip
 
 # The paper's constants leave the reward of most anchors on its floor where groups are mostly correct. This
-# form says something there: embeddings without what the group shares, and a reward measured from chance.
+# form says something there: embeddings without what the group shares, a reward measured from chance, and the wrong
+# rollouts of all questions as negatives, so that a right answer which looks like those is paid less.
 INFORMATIVE = dict(
-    center_hidden=True, contrastive_kind="decoupled", contrastive_temperature=0.5, reward_from_chance=True,
-    weight=1.0, reward_floor=-0.9, reward_ceiling=1.0, head_steps=4,
+    center_hidden=True, contrastive_kind="decoupled", contrastive_scope="cross", contrastive_temperature=0.5,
+    reward_from_chance=True, weight=1.0, reward_floor=-0.9, reward_ceiling=1.0, head_steps=4,
 )  # fmt: skip
 
 
@@ -1054,6 +1097,10 @@ class CLIPOConfig:
     clip_high: float | None = setting(None, "the ratio is clipped above 1 + this (the loss's own)", "paper", low=0)
     beta: float = setting(0.001, "weight of the k3 KL to the frozen start; 0: no reference is kept", "paper", low=0)
     scale_by_std: bool = setting(True, "divide advantages by the group's std (dr_grpo never does)", "paper")
+    resample_tries: int = setting(
+        0, "times that groups all right or all wrong are replaced by fresh prompts at most", "DAPO; 0: never", low=0
+    )
+    overlong_buffer: int = setting(0, "last tokens, over which a penalty of up to 1 grows", "DAPO; 0: none", low=0)
 
     weight: float = setting(0.2, "lambda, weight of the contrastive reward; 0 is plain GRPO", "paper", low=0)
     contrastive_kind: str = setting("infonce", "contrastive loss", "paper", choices=list(CONTRASTIVE_LOSSES))
@@ -1062,6 +1109,9 @@ class CLIPOConfig:
     reward_floor: float = setting(-0.5, "least contrastive reward", "paper", high=0)
     reward_ceiling: float = setting(1.0, "largest contrastive reward", "ours; the paper's is never above 0", low=0)
     reward_from_chance: bool = setting(False, "reward weight * (chance - L), not weight * -L", "paper: off; ours: on")
+    shuffle_contrast: bool = setting(
+        False, "control: deal the contrastive rewards out anew among the anchors of each group", "ours"
+    )
     center_hidden: bool = setting(False, "subtract the group's mean from the hidden states", "paper: off; ours: on")
     d_embed: int = setting(512, "embedding width E of the head", "paper", low=1)
     head_mlp: bool = setting(False, "MLP head in place of a linear one", "authors' code")
@@ -1101,6 +1151,10 @@ class CLIPOConfig:
                 expected.append(f"one of: {', '.join(about['choices'])}")
             if expected:
                 raise ValueError(f"{f.name} is {value!r}; expected {' and '.join(expected)}")
+        if self.overlong_buffer > self.max_new_tokens:
+            raise ValueError(
+                f"overlong_buffer is {self.overlong_buffer}; expected at most max_new_tokens, {self.max_new_tokens}"
+            )
 
     @classmethod
     def for_track(cls, track: str, *, paper: bool = False, **chosen) -> CLIPOConfig:
@@ -1129,6 +1183,7 @@ class Scored:
     contrastive: Tensor  # (B,) rc
     reward: Tensor  # (B,) R = r + rc
     advantage: Tensor  # (B,) A
+    origin: list[int]  # (P,) which prompt each group answers, counting the given ones and then the fresh ones drawn
 
 
 def spread_within_groups(reward: Tensor, anchors: Tensor, group: Tensor) -> float | None:
@@ -1204,28 +1259,35 @@ class CLIPO:
         self.steps_done = 0
         self.last: Scored | None = None
 
-    def step(self, prompts: Sequence[Sequence[int]], answers: Sequence[str]) -> dict:
+    def step(
+        self,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[str],
+        fresh: Iterator[tuple[Sequence[int], str]] | None = None,
+    ) -> dict:
         """One training step on P prompts (lists of token ids) and their answers; returns its metrics.
 
-        Raises ValueError if there is not one answer to each prompt.
+        `fresh` gives further prompts with their answers where config.resample_tries asks for them. Raises ValueError
+        if it does and there is no `fresh`, or if there is not one answer to each prompt.
         """
         if len(prompts) != len(answers):
             raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers; expected one answer to each prompt")
+        if self.config.resample_tries and fresh is None:
+            raise ValueError("resample_tries is set but `fresh` is None; expected an iterator of (prompt, answer)")
+        prompts, answers = list(prompts), list(answers)
         seconds: dict[str, float] = {}
-        with self.phase("rollout", seconds), self.mixed_precision():
-            rollouts = self.roll_out(prompts)
-        with self.phase("verify", seconds):
-            texts, correct = self.verify(rollouts, answers)
+        rollouts, texts, correct, origin = self.sample(prompts, answers, fresh, seconds)
         with self.phase("contrast", seconds):
             embedding, loss, anchors, head_metrics = self.contrast(rollouts, correct)
             contrastive = self.reward_agreement(loss, anchors, correct, rollouts.group)
         reward = correct.float() + contrastive
+        reward += overlong_penalty(rollouts.mask.sum(-1), self.config.max_new_tokens, self.config.overlong_buffer)
         scale_by_std = self.config.scale_by_std and POLICY_LOSSES[self.config.policy_loss].scale_by_std
         advantage = group_advantages(reward, rollouts.group, scale_by_std=scale_by_std)
         with self.phase("update", seconds), self.mixed_precision():
             policy_metrics = {} if self.warming_up else self.update(prompts, rollouts, advantage)
 
-        self.last = Scored(rollouts, texts, correct, embedding, loss, anchors, contrastive, reward, advantage)
+        self.last = Scored(rollouts, texts, correct, embedding, loss, anchors, contrastive, reward, advantage, origin)
         self.steps_done += 1
         tokens_per_second = int(rollouts.mask.sum()) / sum(seconds.values())
         return {
@@ -1245,9 +1307,39 @@ class CLIPO:
 
     def random(self, purpose: int) -> torch.Generator:
         """This step's random numbers for one purpose, so that no purpose can disturb another's."""
-        return torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.steps_done) * 2 + purpose)
+        return torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.steps_done) * 3 + purpose)
 
-    def roll_out(self, prompts: Sequence[Sequence[int]]) -> Rollouts:
+    def sample(
+        self, prompts: list, answers: list, fresh: Iterator | None, seconds: dict[str, float]
+    ) -> tuple[Rollouts, list[str], Tensor, list[int]]:
+        """G rollouts per prompt, their texts and verdicts (B,), and which prompt each group answers.
+
+        DAPO's dynamic sampling: a group all right or all wrong has no advantage. Its prompt makes room for a fresh one
+        (in `prompts` and `answers` themselves), at most `resample_tries` times; what is then still without is kept.
+        """
+        random, origin = self.random(0), list(range(len(prompts)))
+        groups, drawn = origin, len(prompts)
+        for attempt in range(self.config.resample_tries + 1):
+            with self.phase("rollout", seconds), self.mixed_precision():
+                new = self.roll_out([prompts[g] for g in groups], random)
+            with self.phase("verify", seconds):
+                new_texts, new_correct = self.verify(new, [answers[g] for g in groups])
+            if attempt == 0:
+                rollouts, texts, correct = new, new_texts, new_correct
+            else:
+                rows = torch.isin(rollouts.group, rollouts.group.new_tensor(groups)).nonzero()[:, 0]
+                rollouts, correct = rollouts.put(rows, new), correct.index_copy(0, rows, new_correct)
+                for row, text in zip(rows.tolist(), new_texts, strict=True):
+                    texts[row] = text
+            accuracy = correct.view(len(prompts), -1).float().mean(-1)  # (B,) -> (P,)
+            groups = ((accuracy == 0) | (accuracy == 1)).nonzero()[:, 0].tolist()
+            if not groups or attempt == self.config.resample_tries:
+                return rollouts, texts, correct, origin
+            origin = origin.copy()
+            for g in groups:
+                (prompts[g], answers[g]), origin[g], drawn = next(fresh), drawn, drawn + 1
+
+    def roll_out(self, prompts: Sequence[Sequence[int]], random: torch.Generator) -> Rollouts:
         """G rollouts per prompt from the current policy."""
         return generate(
             self.policy,
@@ -1256,7 +1348,7 @@ class CLIPO:
             max_new_tokens=self.config.max_new_tokens,
             eos_token_id=self.stop_ids,
             temperature=self.config.temperature,
-            generator=self.random(0),
+            generator=random,
             max_batch=self.config.max_batch,
             cuda_graphs=self.config.cuda_graphs,
         )
@@ -1298,7 +1390,7 @@ class CLIPO:
         chance = 0.0
         if config.reward_from_chance:
             chance = chance_level(correct, group, kind=config.contrastive_kind, scope=config.contrastive_scope)
-        return contrastive_reward(
+        reward = contrastive_reward(
             loss,
             anchors,
             weight=config.weight,
@@ -1306,6 +1398,7 @@ class CLIPO:
             ceiling=config.reward_ceiling,
             chance=chance,
         )
+        return shuffle_within_groups(reward, anchors, group, self.random(2)) if config.shuffle_contrast else reward
 
     def update(self, prompts: Sequence[Sequence[int]], rollouts: Rollouts, advantage: Tensor) -> dict:
         """Clipped policy updates, one per mini-batch of prompts; means of their metrics."""
@@ -1395,6 +1488,7 @@ class CLIPO:
             "groups_without_advantage": share(group_std(scored.reward, rollouts.group) < 1e-6),
             # The mean surprise at one's own samples is an unbiased estimate of the entropy, and costs nothing.
             "entropy": -rollouts.logprobs.sum().item() / int(length.sum()),
+            "groups_resampled": sum(i >= len(scored.origin) for i in scored.origin) / len(scored.origin),
             "response_length": length.float().mean().item(),
             "cut_off": 1 - share(ended.any(-1)),
         }
@@ -1412,4 +1506,4 @@ class CLIPO:
         yield
         if self.policy.device.type == "cuda":
             torch.cuda.synchronize(self.policy.device)
-        seconds[name] = time.perf_counter() - start
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start

@@ -39,16 +39,19 @@ VERBS = {"+": "finds buys gets wins".split(), "-": "gives loses sells drops".spl
 class World:
     """The dials. Probabilities and shares are fractions of 1."""
 
-    friend_right: tuple[float, ...] = (0.95, 0.95, 0.90, 0.35, 0.15)  # by number of clauses, 1 to 5
+    friend_right: tuple[float, ...] = (0.99, 0.99, 0.99, 0.35, 0.15)  # by number of clauses, 1 to 5
     friend_right_demos: float = 0.9  # in the warm start's demonstrations, whatever the number of clauses
-    demo_clauses: tuple[int, ...] = (2, 4, 4, 2, 2)  # weights of 1 to 5 clauses in the demonstrations
+    demo_clauses: tuple[int, ...] = (2, 3, 3, 3, 3)  # weights of 1 to 5 clauses in the demonstrations
     sound_demos: float = 0.8  # share of demonstrations that calculate; the others copy
-    mistaught: float = 0.10  # share of all sums whose result is taught wrong, always by the same amount
+    mistaught: float = 0.08  # share of all sums whose result is taught wrong, always by the same amount
     mistaught_rate: float = 0.9  # how often such a sum is taught wrong
     slips: float = 0.04  # share of other sums with a random error
     unsound: dict[str, int] = field(  # weights of the ways to be unsound
         default_factory=lambda: {"nonsense": 4, "skip": 2, "shuffle": 2, "nothing": 1}
     )
+
+
+WORLD = World()
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def make_story(rng: random.Random, clauses: int, friend_right: float, noop: bool
     return Story(" ".join(sentences), str(total), start, tuple(steps), says)
 
 
-def stories(seed: str | int, level: Level, count: int, world: World = World()) -> list[Story]:
+def stories(seed: str | int, level: Level, count: int, world: World = WORLD) -> list[Story]:
     """`count` random stories of a level; the same seed gives the same stories."""
     rng = random.Random(seed)
     lengths = [rng.choice(level.clauses) for _ in range(count)]
@@ -142,7 +145,7 @@ def is_sound(story: Story, response: str) -> bool:
 class Demonstrator:
     """Writes the imperfect demonstrations that a model is warm-started on; what it gets wrong follows from the seed."""
 
-    def __init__(self, seed: int, world: World = World()):
+    def __init__(self, seed: int, world: World = WORLD):
         self.world, self.rng = world, random.Random(f"demonstrations {seed}")
         self.wrong_by: dict[tuple[int, str, int], int] = {}  # mis-taught sum -> by how much
         for sign in "+-":
@@ -254,7 +257,7 @@ def warm_start(
     tokenizer,
     seed: int,
     *,
-    world: World = World(),
+    world: World = WORLD,
     batches: int = 600,
     batch_size: int = 64,
     lr: float = 3e-3,
@@ -295,7 +298,7 @@ def warm_start(
 
 
 def evaluate(
-    model, tokenizer, *, count: int = 300, temperature: float = 0.0, world: World = World(), seed: int = 0
+    model, tokenizer, *, count: int = 300, temperature: float = 0.0, world: World = WORLD, seed: int = 0
 ) -> dict[str, dict[str, tuple[int, int]]]:
     """Answers on `count` fixed stories of every level: {level: {metric: (successes, trials)}}.
 

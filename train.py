@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
+import os
 import random
 import shlex
+import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,15 +41,23 @@ from problems import SUFFIX, TRAINING_SETS, Problem, UserError, are_correct, loa
 
 
 class ToyTask:
-    """Fresh stories for every step; knows whether a response is sound."""
+    """New stories for every step; knows whether a response is sound."""
 
     suffix = ""
 
-    def __init__(self, config: CLIPOConfig):
-        self.config = config
+    def __init__(self, config: CLIPOConfig, world: toy.World = toy.WORLD):
+        self.config, self.world = config, world
 
     def problems(self, step: int) -> list[toy.Story]:
-        return toy.stories(f"train {self.config.seed} {step}", toy.TRAINING_LEVEL, self.config.prompts_per_step)
+        return self.stories(f"train {self.config.seed} {step}")
+
+    def more(self, step: int) -> Iterator[toy.Story]:
+        """Further ones for a step, without end."""
+        for batch in itertools.count():
+            yield from self.stories(f"train {self.config.seed} {step} more {batch}")
+
+    def stories(self, seed: str) -> list[toy.Story]:
+        return toy.stories(seed, toy.TRAINING_LEVEL, self.config.prompts_per_step, self.world)
 
     def soundness(self, problems: Sequence[toy.Story], scored: Scored) -> list[bool] | None:
         groups = scored.rollouts.group.tolist()
@@ -80,6 +91,12 @@ class DataTask:
             first, last = max(step * size - epoch * count, 0), min((step + 1) * size - epoch * count, count)
             chosen += [self.all[i] for i in order[first:last]]
         return chosen
+
+    def more(self, step: int) -> Iterator[Problem]:
+        """Further ones for a step, drawn at random, without end."""
+        draw = random.Random(f"more {self.config.seed} {step}")
+        while True:
+            yield draw.choice(self.all)
 
     def soundness(self, problems: Sequence[Problem], scored: Scored) -> list[bool] | None:
         return None  # nobody knows
@@ -193,10 +210,16 @@ def default_out(settings: Settings) -> Path:
 # ----------------------------------------------------------------------------------------------------
 
 
-def warm_started(settings: Settings, runs: Path, device: torch.device) -> str:
+def warm_started(
+    runs: Path, size: str, seed: int, batches: int, device: torch.device, world: toy.World = toy.WORLD
+) -> Path:
     """The folder of the toy world's warm-started model, made on first use and kept for the next run."""
-    seed, size, batches = settings.config.seed, settings.size, settings.warm_start_batches
-    folder = runs / f"warm-start-{size}-seed{seed}-{batches}"
+    changed = [  # (how often the friend is right on a test does not show in demonstrations)
+        f"{f.name}={getattr(world, f.name)}"
+        for f in dataclasses.fields(world)
+        if f.name != "friend_right" and getattr(world, f.name) != getattr(toy.WORLD, f.name)
+    ]
+    folder = runs / "-".join([f"warm-start-{size}-seed{seed}-{batches}", *changed])
     if not folder.is_dir():
         tokenizer = toy.make_tokenizer()
         model = toy.make_model(size, tokenizer, seed).to(device)
@@ -207,12 +230,15 @@ def warm_started(settings: Settings, runs: Path, device: torch.device) -> str:
                 bar.set_postfix(loss=f"{loss:.2f}", refresh=False)
                 bar.update()
 
-            toy.warm_start(model, tokenizer, seed, batches=batches, on_batch=show)
-        aside = folder.with_name(folder.name + ".writing")
+            toy.warm_start(model, tokenizer, seed, world=world, batches=batches, on_batch=show)
+        aside = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        aside.rename(folder)
-    return str(folder.resolve())
+        if folder.is_dir():  # another process was faster, with the same result
+            shutil.rmtree(aside)
+        else:
+            aside.rename(folder)
+    return folder.resolve()
 
 
 def logged_groups(step: int, problems: Sequence[Problem], scored: Scored, sound: list[bool] | None, count: int):
@@ -251,18 +277,29 @@ class StopAsked:
         tqdm.write("stopping after this step (once more: at once, without saving)")
 
 
+def take_step(trainer: CLIPO, task: ToyTask | DataTask) -> tuple[dict, list[Problem], list[bool] | None]:
+    """The next step; its metrics, the problem of each group, and on the toy world which rollouts are sound."""
+    drawn: list[Problem] = []
+
+    def pairs(problems: Iterable[Problem]) -> Iterator[tuple[list[int], str]]:
+        for problem in problems:
+            drawn.append(problem)
+            yield prompt_ids(trainer.tokenizer, problem.question, task.suffix), problem.answer
+
+    prompts, answers = zip(*pairs(task.problems(trainer.steps_done)), strict=True)
+    metrics = trainer.step(prompts, answers, fresh=pairs(task.more(trainer.steps_done)))
+    problems = [drawn[i] for i in trainer.last.origin]
+    sound = task.soundness(problems, trainer.last)
+    return metrics | ({"process": sum(sound) / len(sound)} if sound else {}), problems, sound
+
+
 def train(trainer: CLIPO, task: ToyTask | DataTask, out: Path, save_every: int, log_groups: int) -> bool:
     """Run the remaining steps; False if a signal stopped them. The state is saved in any case."""
     config, stop = trainer.config, StopAsked()
     bar = tqdm(total=config.steps, initial=trainer.steps_done, desc=out.name)
     stopping = False
     while trainer.steps_done < config.steps and not stopping:
-        problems = task.problems(trainer.steps_done)
-        prompts = [prompt_ids(trainer.tokenizer, p.question, task.suffix) for p in problems]
-        metrics = trainer.step(prompts, [p.answer for p in problems])
-        sound = task.soundness(problems, trainer.last)
-        if sound:
-            metrics["process"] = sum(sound) / len(sound)
+        metrics, problems, sound = take_step(trainer, task)
         for row in logged_groups(metrics["step"], problems, trainer.last, sound, log_groups):
             checkpoint.append_line(out / "rollouts.jsonl", row)
         checkpoint.append_line(out / "metrics.jsonl", metrics)
@@ -377,7 +414,8 @@ def run(given: dict) -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if settings.model is None:
-            settings.model = warm_started(settings, out.parent, device)
+            batches = settings.warm_start_batches
+            settings.model = str(warm_started(out.parent, settings.size, config.seed, batches, device))
         policy, tokenizer = checkpoint.load_model(settings.model, device)
         task = ToyTask(config) if settings.data == "toy" else DataTask(config, settings.data, tokenizer)
         try:

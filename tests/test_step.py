@@ -46,7 +46,7 @@ def plain_grpo(config, steps):
     for step in range(steps):
         rollouts = clipo.generate(
             policy, PROMPTS, samples_per_prompt=config.samples_per_prompt, max_new_tokens=config.max_new_tokens,
-            eos_token_id=[1, 3, 17, 31], generator=torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 2),
+            eos_token_id=[1, 3, 17, 31], generator=torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 3),
         )  # fmt: skip
         ids = [row[keep] for row, keep in zip(rollouts.tokens, rollouts.mask, strict=True)]
         texts = TOKENIZER.batch_decode(ids, skip_special_tokens=True)
@@ -298,3 +298,81 @@ def test_every_step_and_purpose_has_random_numbers_of_its_own():
     t.step(PROMPTS, ANSWERS)
     drawn += [torch.rand(3, generator=t.random(purpose)).tolist() for purpose in (0, 1)]
     assert len({tuple(d) for d in drawn}) == 4
+
+
+def by_answer(texts, answers):
+    """Verdicts that are mixed within a group whose answer is "mixed", and all wrong where it is "dull"."""
+    return [verdict and answer == "mixed" for verdict, answer in zip(even(texts), answers, strict=True)]
+
+
+def matches(t, rollouts, prompts):
+    """Were the rollouts of each group drawn from the policy `t` given this prompt?"""
+    with torch.no_grad():
+        expected = clipo.response_logprobs(t, prompts, rollouts)
+    return torch.allclose(expected, rollouts.logprobs, atol=1e-4)
+
+
+def test_dynamic_sampling_replaces_groups_without_reward_spread():
+    t = trainer(are_correct=by_answer, resample_tries=3, lr=0.0, weight_decay=0.0)
+    fresh = iter([([30, 31], "dull"), ([40], "mixed"), ([8, 9, 10], "mixed"), ([44], "mixed")])
+    metrics = t.step(PROMPTS, ["dull", "mixed", "dull", "mixed"], fresh)
+    # group 0: 4 (dull), then 6; group 2: 5
+    assert t.last.origin == [6, 1, 5, 3] and metrics["groups_resampled"] == 0.5
+    assert next(fresh) == ([44], "mixed")
+    rollouts = t.last.rollouts
+    assert matches(t.policy, rollouts, [[8, 9, 10], PROMPTS[1], [40], PROMPTS[3]])
+    assert not matches(t.policy, rollouts, PROMPTS)
+    assert t.last.texts == t.verify(rollouts, ["mixed"] * 4)[0]
+    assert t.last.correct.tolist() == even(t.last.texts)
+    ends = torch.tensor(t.stop_ids)
+    for row, keep in zip(rollouts.tokens, rollouts.mask, strict=True):
+        assert torch.isin(row[keep][:-1], ends).sum() == 0 and (torch.isin(row[keep][-1], ends) or keep.sum() == 8)
+
+
+def test_dynamic_sampling_gives_up_after_its_tries_and_keeps_the_rest():
+    t = trainer(are_correct=by_answer, resample_tries=2)
+    fresh = iter([([30 + i], "dull") for i in range(9)])
+    t.step(PROMPTS, ["dull", "mixed", "mixed", "dull"], fresh)
+    assert t.last.origin == [6, 1, 2, 7] and len(list(fresh)) == 5
+    assert t.last.advantage.view(4, -1)[[0, 3]].abs().max() == 0
+
+
+def test_without_tries_nothing_is_replaced_and_with_them_fresh_prompts_are_needed():
+    t = trainer(are_correct=by_answer)
+    t.step(PROMPTS, ["dull"] * 4)
+    assert t.last.origin == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="resample_tries is set but `fresh` is None; expected an iterator"):
+        trainer(resample_tries=1).step(PROMPTS, ANSWERS)
+
+
+def test_the_overlong_penalty_reaches_the_reward():
+    t = trainer(overlong_buffer=6)
+    t.step(PROMPTS, ANSWERS)
+    length = t.last.rollouts.mask.sum(-1)
+    penalty = torch.tensor([-max(0, n - 2) / 6 for n in length.tolist()])
+    torch.testing.assert_close(t.last.reward, t.last.correct + t.last.contrastive + penalty)
+    assert penalty.min() == -1 and penalty.max() == 0
+    with pytest.raises(ValueError, match=r"^overlong_buffer is 9; expected at most max_new_tokens, 8$"):
+        trainer(overlong_buffer=9)
+
+
+def test_the_shuffled_control_pays_the_same_rewards_to_other_anchors():
+    real, control = trainer(), trainer(shuffle_contrast=True)
+    for t in (real, control):
+        t.step(PROMPTS, ANSWERS)
+    a, b, group, anchors = real.last.contrastive, control.last.contrastive, real.last.rollouts.group, real.last.anchors
+    assert torch.equal(real.last.rollouts.tokens, control.last.rollouts.tokens) and not torch.equal(a, b)
+    for g in range(4):
+        assert sorted(a[group == g].tolist()) == sorted(b[group == g].tolist())
+    assert b[~anchors].abs().sum() == 0
+    assert same(weights(real.head), weights(control.head))  # the head learns as ever
+    advantage = clipo.group_advantages(control.last.correct + b, group)
+    torch.testing.assert_close(control.last.advantage, advantage)
+
+
+def test_shuffling_reaches_every_order_within_a_group_and_none_across():
+    values, chosen = torch.arange(6.0), torch.tensor([True, True, True, False, True, True])
+    group, random = torch.tensor([0, 1, 0, 0, 0, 1]), torch.Generator().manual_seed(0)
+    seen = {tuple(clipo.shuffle_within_groups(values, chosen, group, random).tolist()) for _ in range(300)}
+    orders = [(0, 2, 4), (0, 4, 2), (2, 0, 4), (2, 4, 0), (4, 0, 2), (4, 2, 0)]
+    assert seen == {(a, p, b, 3, c, q) for a, b, c in orders for p, q in ((1, 5), (5, 1))}

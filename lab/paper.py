@@ -1,0 +1,559 @@
+"""The paper in miniature: its tables and figures re-drawn on the toy world, with seeds, intervals and controls.
+
+    python -m lab.paper track1                    one table: run what is missing in results/runs.jsonl, then draw
+    python -m lab.paper all                       everything; stop it at any time, the same command goes on
+    python -m lab.paper all --draw                draw again from the runs that are there, train nothing
+    python -m lab.paper track1 --seeds 1 --steps 3    does it work? Written to runs/trial, its numbers mean nothing
+
+NAME is one of: {names}.
+
+Every table compares arms seed by seed with the arm they are measured against: the same warm start, the same stories.
+Intervals are 95% t-intervals of the mean paired difference over seeds. Shares are of {stories} stories, in percent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+import toy
+import tsne
+from clipo import INFORMATIVE, CLIPOConfig
+from lab.bench import markdown
+from lab.runs import ROOT, SHARES, Run, known_runs, make
+
+# ----------------------------------------------------------------------------------------------------
+# Arms: what is compared
+# ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is changed of the toy track and of the toy world, and the name of the arm that it is compared with."""
+
+    config: dict = field(default_factory=dict)
+    against: str | None = "GRPO"
+    world: dict = field(default_factory=dict)
+
+    def run(self, seed: int, steps: int | None = None) -> Run:
+        """What only repeats a default is left out, so that the same arm under two names is one run.
+
+        With `steps` it is a short one that only tries the command: a short warm start, a short evaluation.
+        """
+        config = self.config | ({"steps": steps} if steps else {})
+        usual, usual_world = CLIPOConfig.for_track("toy"), toy.WORLD
+        config = {name: value for name, value in config.items() if value != getattr(usual, name)}
+        world = {name: value for name, value in self.world.items() if value != getattr(usual_world, name)}
+        return Run("train", seed, config, world, **({"batches": 30, "stories": 30} if steps else {}))
+
+
+PAPER = {f.name: f.default for f in fields(CLIPOConfig) if f.name in INFORMATIVE}  # the paper's constants
+SHUFFLED = {"shuffle_contrast": True}
+GRPO, CLIPO = Arm({"weight": 0.0}, against=None), Arm()
+
+TRACK1 = {
+    "GRPO": GRPO,
+    "CLIPO": CLIPO,
+    "CLIPO, shuffled": Arm(SHUFFLED),
+    "paper's constants": Arm(PAPER),
+    "paper's constants, shuffled": Arm(PAPER | SHUFFLED),
+}
+
+BASELINES = {
+    name + plus: Arm(config | weight, against)
+    for name, config in {
+        "GRPO": {},
+        "DAPO": {"policy_loss": "dapo", "resample_tries": 3, "overlong_buffer": 3},
+        "GSPO": {"policy_loss": "gspo"},
+        "GMPO": {"policy_loss": "gmpo"},
+    }.items()
+    for plus, weight, against in (("", {"weight": 0.0}, None), (" + CLIPO", {}, name))
+}
+LOSSES = {"GRPO": GRPO} | {
+    kind: Arm({"contrastive_kind": kind}) for kind in ("decoupled", "infonce", "supcon_out", "supcon_in", "soft_nn")
+}
+HEAD = {
+    "GRPO": GRPO,
+    "trained": CLIPO,
+    "fixed": Arm({"head_steps": 0}),
+    "MLP": Arm({"head_mlp": True}),
+    "no warm-up": Arm({"head_warmup_steps": 0}),
+    "warm-up of 12 steps": Arm({"head_warmup_steps": 12}),
+}
+TEMPERATURE = {"GRPO": GRPO} | {f"tau {t}": Arm({"contrastive_temperature": t}) for t in (0.02, 0.05, 0.1, 0.5)}
+WEIGHT = {"GRPO": GRPO} | {f"lambda {weight}": Arm({"weight": weight}) for weight in (0.1, 0.3, 1.0, 2.0)}
+GROUP_SIZE = {
+    f"{name}, G = {size}": Arm(
+        config | {"samples_per_prompt": size, "prompts_per_step": 256 // size, "mini_batch_prompts": 256 // size},
+        against,
+    )
+    for size in (4, 8, 16, 32)
+    for name, config, against in (("GRPO", {"weight": 0.0}, None), ("CLIPO", {}, f"GRPO, G = {size}"))
+}
+UNSCALED = {"scale_by_std": False}
+SCOPE = (
+    {"GRPO": GRPO}
+    | {scope: Arm({"contrastive_scope": scope}) for scope in ("group", "cross", "batch")}
+    | {
+        # Two ideas of ours: consensus over all questions by a head that the verdicts do not teach, and advantages that
+        # do not blow up what little tells the rollouts of an all-right group apart.
+        "batch, tau 0.2, fixed head": Arm(
+            {"contrastive_scope": "batch", "contrastive_temperature": 0.2, "head_steps": 0}
+        ),
+        "GRPO, unscaled": Arm(UNSCALED | {"weight": 0.0}, None),
+        "cross, unscaled": Arm(UNSCALED, "GRPO, unscaled"),
+    }
+)
+
+# From the paper's constants to ours, one change on top of the other.
+CHANGES: dict[str, dict] = {
+    "group mean off": {"center_hidden": True},
+    "from chance": {"reward_from_chance": True},
+    "floor -0.9": {"reward_floor": INFORMATIVE["reward_floor"]},
+    "weight 1": {"weight": INFORMATIVE["weight"]},
+    "all positives": {"contrastive_kind": "supcon_out"},
+    "decoupled": {"contrastive_kind": "decoupled"},
+    "tau 0.5": {"contrastive_temperature": INFORMATIVE["contrastive_temperature"]},
+    "4 head steps": {"head_steps": INFORMATIVE["head_steps"]},
+    "negatives from the batch": {"contrastive_scope": INFORMATIVE["contrastive_scope"]},
+}
+RUNGS = {"paper's constants": PAPER}
+for change in CHANGES:
+    RUNGS[f"+ {change}"] = list(RUNGS.values())[-1] | CHANGES[change]
+LADDER = {"GRPO": GRPO} | {
+    name + end: Arm(config | control)
+    for name, config in RUNGS.items()
+    for end, control in (("", {}), (", shuffled", SHUFFLED))
+}
+# The same changes alone, for frozen policies: each added to the paper's constants, each taken away from ours.
+ALONE = {f"paper's, {name}": PAPER | change for name, change in CHANGES.items()}
+WITHOUT = {f"ours without: {name}": {key: PAPER[key] for key in change} for name, change in CHANGES.items()}
+
+SOUND, FRIEND = (0.4, 0.6, 0.8), (0.80, 0.90, 0.99)  # the dials of the phase map
+
+
+def phase_arm(config: dict, sound: float, friend: float, against: str | None) -> Arm:
+    tests = toy.WORLD.friend_right[3:]  # training stories have up to 3 clauses
+    return Arm(config, against, {"sound_demos": sound, "friend_right": (friend,) * 3 + tests})
+
+
+PHASE = {
+    f"{name}, sound {sound}, friend {friend}": phase_arm(config, sound, friend, against)
+    for sound in SOUND
+    for friend in FRIEND
+    for name, config, against in (
+        ("GRPO", {"weight": 0.0}, None), ("CLIPO", {}, f"GRPO, sound {sound}, friend {friend}")
+    )
+}  # fmt: skip
+LIMITS = {
+    f"{name}, {limit}": Arm(config | changes, against, world)
+    for limit, changes, world in (
+        ("as usual", {}, {}),
+        ("150 steps", {"steps": 150}, {}),
+        ("20% of sums mis-taught", {}, {"mistaught": 0.2}),
+    )
+    for name, config, against in (("GRPO", {"weight": 0.0}, None), ("CLIPO", {}, f"GRPO, {limit}"))
+}
+
+# ----------------------------------------------------------------------------------------------------
+# From lines to tables
+# ----------------------------------------------------------------------------------------------------
+
+Lines = dict[str, list[dict]]  # arm -> its lines in the results file, by seed
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and 95% t-interval of independent values; the ends are not a number for fewer than two.
+
+    >>> [round(x, 3) for x in t_interval([1.0, 2.0, 3.0])]  # 2 -+ 4.303 / sqrt 3
+    [2.0, -0.484, 4.484]
+    """
+    mean, n = float(np.mean(values)), len(values)
+    if n < 2:
+        return mean, float("nan"), float("nan")
+    half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5)
+    return mean, mean - half, mean + half
+
+
+def share(line: dict, level: str, metric: str, how: str = "greedy") -> float:
+    """A fraction that an evaluation measured: `metric` answer, process or lucky."""
+    successes, trials = line[how][level][metric]
+    return successes / trials if trials else float("nan")
+
+
+def shares(lines: Sequence[dict], *what: str) -> list[float]:
+    return [share(line, *what) for line in lines]
+
+
+def known_mean(values: Sequence[float]) -> float | None:
+    """The mean of what is a number: a share out of no trials is none.
+
+    >>> known_mean([0.5, float("nan")]), known_mean([float("nan")])
+    (0.5, None)
+    """
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else None
+
+
+def differences(lines: Lines, arm: str, against: str, *what: str) -> list[float]:
+    """Seed by seed: the arm's share minus the other arm's."""
+    other = {line["seed"]: share(line, *what) for line in lines[against]}
+    return [share(line, *what) - other[line["seed"]] for line in lines[arm] if line["seed"] in other]
+
+
+def percent(values: Sequence[float]) -> str:
+    """The mean, in percent, with each seed's.
+
+    >>> percent([0.5, 0.25])
+    '38 (50, 25)'
+    """
+    return f"{100 * np.mean(values):.0f} ({', '.join(f'{100 * v:.0f}' for v in values)})"
+
+
+def interval(values: Sequence[float]) -> str:
+    """The mean in points, with sign, and its interval.
+
+    >>> interval([0.1, 0.2, 0.3])
+    '+20 [-5, 45]'
+    """
+    mean, low, high = (100 * x for x in t_interval(values))
+    return f"{mean:+.0f}" + ("" if len(values) < 2 else f" [{low:.0f}, {high:.0f}]")
+
+
+def over_history(lines: Sequence[dict], name: str) -> str:
+    """Mean over runs of the mean over steps of something that each step measured."""
+    means = [np.mean(known) for line in lines if (known := [v for v in line["history"][name] if v is not None])]
+    return f"{np.mean(means):.2f}" if means else ""
+
+
+def comparison(arms: dict[str, Arm], lines: Lines) -> str:
+    """One row per arm that has been run; greedy answers."""
+    rows = []
+    for arm, spec in arms.items():
+        if not lines[arm]:
+            continue
+        pays = spec.config.get("weight") != 0.0 and "history" in lines[arm][0]
+        paired = spec.against and lines[spec.against]
+        rows.append({
+            "arm": arm,
+            "P0 process": percent(shares(lines[arm], "P0", "process")),
+            "P2 answers (seeds)": percent(shares(lines[arm], "P2", "answer")),
+            "P2 process": percent(shares(lines[arm], "P2", "process")),
+            "P2 answers, difference": interval(differences(lines, arm, spec.against, "P2", "answer")) if paired else "",
+            "to": spec.against if paired else "",
+            "gap": over_history(lines[arm], "gap") if pays else "",
+            "on floor": over_history(lines[arm], "on_floor") if pays else "",
+        })  # fmt: skip
+    return markdown(rows)
+
+
+def levels_table(arms: dict[str, Arm], lines: Lines) -> str:
+    """Every level and metric, greedy and sampled: the mean over seeds of every arm, in percent."""
+    rows = []
+    for level in toy.LEVELS:
+        for metric in ("answer", "process", "lucky"):
+            row = {"level": level, "share": {"lucky": "lucky, of the right"}.get(metric, f"{metric} right")}
+            for arm in arms:
+                means = [known_mean(shares(lines[arm], level, metric, how)) for how in ("greedy", "sampled")]
+                row[arm] = " / ".join("none" if mean is None else f"{100 * mean:.0f}" for mean in means)
+            rows.append(row)
+    return markdown(rows)
+
+
+def track1_json(lines: Lines) -> dict:
+    """{level: {metric: GRPO's and CLIPO's mean, their paired difference, its 95% t-interval, number of seeds}}.
+
+    Only seeds in which both arms have the share count (a lucky share needs a right answer); null: there is no number.
+    """
+    result: dict[str, dict] = {}
+    for level in toy.LEVELS:
+        for metric in ("answer", "process", "lucky"):
+            for how in ("greedy", "sampled"):
+                what = level, metric, how
+                changes = [d for d in differences(lines, "CLIPO", "GRPO", *what) if not np.isnan(d)]
+                interval = t_interval(changes) if changes else [np.nan] * 3
+                result.setdefault(level, {})[f"{metric}_{how}"] = {
+                    "grpo": known_mean(shares(lines["GRPO"], *what)),
+                    "clipo": known_mean(shares(lines["CLIPO"], *what)),
+                    **{name: known_mean([x]) for name, x in zip(("diff", "low", "high"), interval, strict=True)},
+                    "seeds": len(changes),
+                }
+    return result
+
+
+def frozen_table(lines: Sequence[dict]) -> str:
+    """What each setting pays for soundness while the policy stays as the warm start left it."""
+    rows = []
+    for arm in FROZEN:
+        gaps = [line["arms"][arm]["gap"] for line in lines]
+        mean, low, high = t_interval(gaps)
+        rows.append({
+            "arm": arm,
+            "gap": f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]",
+            **{f"sound {i / SHARES:.1f} to {(i + 1) / SHARES:.1f}": pooled(lines, arm, i) for i in range(SHARES)},
+            "on floor": f"{np.mean([line['arms'][arm]['on_floor'] for line in lines]):.2f}",
+        })  # fmt: skip
+    return markdown(rows)
+
+
+def pooled(lines: Sequence[dict], arm: str, share: int) -> str:
+    """Mean gap over all groups of one bin of sound shares."""
+    count, total = np.sum([line["arms"][arm]["by_share"][share] for line in lines], axis=0)
+    return f"{total / count:+.2f}" if count else ""
+
+
+def provenance(name: str, lines: Sequence[dict]) -> str:
+    """Which command made the lines, on what, from which commits."""
+    seeds, machines = sorted({line["seed"] for line in lines}), sorted({line["machine"]["processor"] for line in lines})
+    torches, commits = (
+        sorted({line["machine"]["torch"] for line in lines}),
+        sorted({line["commit"] for line in lines}),
+    )
+    return (
+        f"`python -m lab.paper {name}`; seeds {', '.join(map(str, seeds))}; {'; '.join(machines)}, one thread per run, "
+        f"torch {', '.join(torches)}; commit {', '.join(commits)}; {len(lines)} runs, "
+        f"{sum(line['seconds'] for line in lines) / 60:.0f} core minutes."
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# Figures
+# ----------------------------------------------------------------------------------------------------
+
+STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # so that a figure can be read in grey print
+
+
+def curve(lines: Sequence[dict], name: str, window: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and the mean over runs and over windows of steps; windows in which nothing was measured are left out."""
+    values = np.array([[np.nan if v is None else v for v in line["history"][name]] for line in lines], dtype=float)
+    steps, means = [], []
+    for first in range(0, values.shape[1], window):
+        part = values[:, first : first + window]
+        if not np.isnan(part).all():
+            steps.append(first + part.shape[1] / 2 + 0.5)
+            means.append(np.nanmean(part))
+    return np.array(steps), np.array(means)
+
+
+def plot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save(figure, file: Path) -> None:
+    figure.savefig(file, dpi=110, metadata={"Software": None})
+    plot().close(figure)
+
+
+def mechanism_figure(lines: Lines, file: Path) -> None:
+    """What the reward pays for soundness: over training, by the sound share, and what stands on the floor."""
+    figure, axes = plot().subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    for arm, style in zip([a for a in TRACK1 if a != "GRPO"], STYLES, strict=False):
+        axes[0].plot(*curve(lines[arm], "gap"), linestyle=style, label=arm)
+        axes[2].plot(*curve(lines[arm], "on_floor"), linestyle=style, label=arm)
+        bins = np.sum([line["gap_by_share"] for line in lines[arm]], axis=0)  # (SHARES, 2)
+        some = bins[:, 0] >= 20  # groups; the mean of fewer says little
+        axes[1].plot((np.arange(SHARES)[some] + 0.5) / SHARES, bins[some, 1] / bins[some, 0], linestyle=style,
+                     marker="o", label=arm)  # fmt: skip
+    unit = "paid to sound minus unsound,\nin standard deviations of the group's reward"
+    axes[0].set(title="What soundness is paid, over training", xlabel="step", ylabel=unit)
+    axes[1].set(title="... by how many of the right answers are sound",
+                xlabel="sound share of a group's correct rollouts", ylabel=unit, xlim=(0, 1))  # fmt: skip
+    axes[2].set(title="Anchors on the reward's floor", xlabel="step", ylabel="share of anchors", ylim=(-0.02, 1.02))
+    for axis in axes:
+        axis.axhline(0, color="0.6", linewidth=0.8)
+        axis.grid(alpha=0.3)
+    axes[1].legend()
+    save(figure, file)
+
+
+def track1_figure(lines: Lines, file: Path) -> None:
+    """Every seed a dot: answers on the longest stories, and the share of sound rollouts over training."""
+    figure, (dots, curves) = plot().subplots(1, 2, figsize=(13, 4.2), layout="constrained")
+    for place, (arm, style) in enumerate(zip(TRACK1, STYLES, strict=True)):
+        values = shares(lines[arm], "P2", "answer")
+        dots.plot(values, [place] * len(values), "o", fillstyle="none", color="black")
+        dots.plot(np.mean(values), place, "|", color="black", markersize=22)
+        curves.plot(*curve(lines[arm], "process"), linestyle=style, label=arm)
+    dots.set(title="Right answers on P2, greedy (a dot is a seed, the bar their mean)", xlabel="share of stories",
+             xlim=(0, 1))  # fmt: skip
+    dots.set_yticks(range(len(TRACK1)), list(TRACK1))
+    dots.invert_yaxis()
+    curves.set(title="Sound rollouts during training (P0), mean over seeds", xlabel="step", ylabel="share", ylim=(0, 1))
+    curves.legend()
+    for axis in (dots, curves):
+        axis.grid(alpha=0.3)
+    save(figure, file)
+
+
+def temperature_figure(lines: Lines, file: Path) -> None:
+    """Does a low temperature align the correct rollouts of a group?"""
+    figure, axis = plot().subplots(figsize=(6.5, 4.2), layout="constrained")
+    for arm, style in zip([a for a in TEMPERATURE if a != "GRPO"], STYLES, strict=False):
+        axis.plot(*curve(lines[arm], "cosine"), linestyle=style, label=arm)
+    axis.set(title="Alignment of a group's correct rollouts", xlabel="step", ylabel="mean cosine of z")
+    axis.legend()
+    axis.grid(alpha=0.3)
+    save(figure, file)
+
+
+def phase_figure(lines: Lines, file: Path) -> None:
+    """Process on P2 over the world's two dials: GRPO, CLIPO, and their difference."""
+    cells = np.array([
+        [[np.mean(shares(lines[f"{name}, sound {s}, friend {f}"], "P2", "process")) for f in FRIEND] for s in SOUND]
+        for name in ("GRPO", "CLIPO")
+    ])  # fmt: skip
+    figure, axes = plot().subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    titles = ("GRPO", "CLIPO", "CLIPO minus GRPO")
+    for axis, title, values in zip(axes, titles, [*cells, cells[1] - cells[0]], strict=True):
+        low, colours = (-1, "PuOr") if "minus" in title else (0, "Greys")
+        axis.imshow(values, vmin=low, vmax=1, cmap=colours, origin="lower", aspect="auto")
+        for (i, j), value in np.ndenumerate(values):
+            dark = value > 0.6 or value < -0.6
+            axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color="white" if dark else "black")
+        axis.set(title=f"Sound on P2, percent: {title}", xlabel="how often the friend is right in training",
+                 ylabel="share of sound demonstrations")  # fmt: skip
+        axis.set_xticks(range(len(FRIEND)), FRIEND)
+        axis.set_yticks(range(len(SOUND)), SOUND)
+    save(figure, file)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The command
+# ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Experiment:
+    title: str
+    arms: dict[str, Arm]
+    seeds: int = 4
+    figure: Callable[[Lines, Path], None] | None = None
+
+
+EXPERIMENTS = {
+    "mechanism": Experiment("What the contrastive reward pays for", TRACK1, 8, mechanism_figure),
+    "track1": Experiment("Track I in miniature", TRACK1, 8, track1_figure),
+    "ladder": Experiment("From the paper's constants to ours, one change on top of the other", LADDER),
+    "phase": Experiment("When does it help? The world's two dials", PHASE, figure=phase_figure),
+    "limits": Experiment("Does it last, and where does it not hold?", LIMITS),
+    "scope": Experiment("Where positives and negatives come from", SCOPE),
+    "losses": Experiment("Contrastive losses", LOSSES),
+    "baselines": Experiment("Policy losses, each with and without CLIPO", BASELINES),
+    "head": Experiment("The contrastive head", HEAD),
+    "temperature": Experiment("Temperature tau", TEMPERATURE, figure=temperature_figure),
+    "weight": Experiment("Weight lambda", WEIGHT),
+    "groupsize": Experiment("Group size at equal rollouts per step", GROUP_SIZE),
+}
+NAMES = [*EXPERIMENTS, "tsne", "all"]
+FROZEN = {**RUNGS, **ALONE, **WITHOUT}
+FROZEN_SEEDS = range(4)
+
+
+def frozen_run(seed: int) -> Run:
+    return Run("frozen", seed, {arm: Arm(config).run(seed).config for arm, config in FROZEN.items()})
+
+
+def wanted(name: str, seeds: int | None, steps: int | None) -> list[Run]:
+    """All runs of an experiment, seed by seed, so that a stopped command leaves whole seeds."""
+    experiment = EXPERIMENTS[name]
+    runs = [arm.run(seed, steps) for seed in range(seeds or experiment.seeds) for arm in experiment.arms.values()]
+    return runs + [frozen_run(seed) for seed in FROZEN_SEEDS if name == "mechanism" and not steps]
+
+
+def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps: int | None) -> None:
+    """The table of an experiment, and its figure, from the lines that are there."""
+    experiment = EXPERIMENTS[name]
+    lines: Lines = {
+        arm: [known[key] for seed in range(seeds or experiment.seeds) if (key := spec.run(seed, steps).key) in known]
+        for arm, spec in experiment.arms.items()
+    }
+    used = {id(line): line for part in lines.values() for line in part}.values()
+    missing = [arm for arm in lines if not lines[arm]]
+    arms = experiment.arms
+    if not any(arm.world for arm in arms.values()):
+        starts = [CLIPO.run(seed, steps).start.key for seed in range(seeds or experiment.seeds)]
+        arms = {"warm start": Arm(against=None), **arms}
+        lines["warm start"] = [known[key] for key in starts if key in known]
+    parts = [f"# {experiment.title}", provenance(name, list(used)), comparison(arms, lines)]
+    if missing:
+        parts.append(f"Not run yet: {', '.join(missing)}.")
+    elif experiment.figure:
+        experiment.figure(lines, out / f"{name}.png")
+    if name == "track1" and not missing:
+        parts += ["Greedy / sampled at temperature 1, means over seeds:", levels_table(arms, lines)]
+        (out / "track1.json").write_text(json.dumps(track1_json(lines), indent=1) + "\n", encoding="utf-8")
+    if name == "mechanism" and (frozen := [known[r.key] for s in FROZEN_SEEDS if (r := frozen_run(s)).key in known]):
+        parts += ["With frozen policies:", frozen_table(frozen)]
+    (out / f"{name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def make_tsne(out: Path, runs: Path) -> None:
+    """Train GRPO and CLIPO on seed 0 with train.py, as a reader would, and embed rollouts of both."""
+    for name, options in (("GRPO", ["--weight", "0"]), ("CLIPO", [])):
+        if not (runs / name / "head.safetensors").exists():
+            shutil.rmtree(runs / name, ignore_errors=True)
+            command = [sys.executable, str(ROOT / "train.py"), *options, "--out", str(runs / name), "--device", "cpu"]
+            subprocess.run(command, check=True, cwd=ROOT)
+    tsne.main([str(runs / "GRPO"), str(runs / "CLIPO"), "--out", str(out), "--device", "cpu"])
+
+
+def draw_tsne(out: Path) -> None:
+    """The pictures and the numbers that go with each panel."""
+    tsne.main(["--redraw", str(out / "tsne.npz")])
+    found = tsne.load_points(out / "tsne.npz")
+    about = "`python -m lab.paper tsne`; seed 0; silhouette and purity as tsne.py defines them."
+    table = markdown(tsne.scores(found))
+    (out / "tsne.md").write_text(f"# t-SNE: what its panels are worth\n\n{about}\n\n{table}\n", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    about = __doc__.format(names=", ".join(NAMES), stories=Run.stories)
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.paper", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", metavar="NAME", choices=NAMES, help="what to run and draw")
+    parser.add_argument("--draw", action="store_true", help="only draw, from the runs that are there")
+    parser.add_argument("--seeds", type=int, metavar="N", help="fewer or more seeds: 0, 1, ..., N - 1")
+    parser.add_argument("--steps", type=int, metavar="N", help="shorter runs, to try the command")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="default: results; runs/trial with --seeds or --steps"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="runs at a time (all cores)")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda: all workers share that GPU")
+    given = parser.parse_args(arguments)
+    for option in ("seeds", "steps", "workers"):
+        if (value := getattr(given, option)) is not None and value < 1:
+            parser.error(f"--{option} is {value}; expected 1 or more")
+    out = given.out or (ROOT / "runs" / "trial" if given.seeds or given.steps else ROOT / "results")
+    out.mkdir(parents=True, exist_ok=True)
+    file, runs = out / "runs.jsonl", ROOT / "runs" / "paper"
+    for name in NAMES[:-1] if given.name == "all" else [given.name]:
+        if name == "tsne":
+            if not given.draw:
+                make_tsne(out, runs)
+            draw_tsne(out)
+        else:
+            if not given.draw:
+                make(wanted(name, given.seeds, given.steps), file, runs, given.workers, given.device)
+            draw(name, out, known_runs(file), given.seeds, given.steps)
+        print(out / f"{name}.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""Toy runs for the tables and figures of `lab.paper`: what one run measures, and many of them on all cores.
+
+A run is decided by its seed and by what it changes of the toy track's settings and of the toy world. Runs of one
+seed start from the same warm-started model and see the same stories, so that their differences are paired. A results
+file holds one JSON line per run; what stands there is never run again, so that a stopped command goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+import clipo
+import toy
+from clipo import CLIPO, CLIPOConfig
+from lab.bench import commit, processor
+from problems import are_correct
+from train import ToyTask, take_step, warm_started
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARES = 5  # bins of the share of sound ones among a group's correct rollouts
+
+
+@dataclass(frozen=True)
+class Run:
+    """kind "start": the warm-started model as it is; "train": trained on; "frozen": heads on a frozen policy."""
+
+    kind: str
+    seed: int
+    config: dict = field(default_factory=dict)  # changes to CLIPOConfig.for_track("toy"); "frozen": {arm: changes}
+    world: dict = field(default_factory=dict)  # changes to toy.World()
+    batches: int = 600  # of the warm start
+    stories: int = 300  # of each level in an evaluation
+
+    @property
+    def key(self) -> str:
+        """Equal for equal runs, whatever order or type (list, tuple) their settings came in."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @property
+    def start(self) -> Run:
+        """The run whose warm-started model this one begins with."""
+        return Run("start", self.seed, {}, self.world, self.batches, self.stories)
+
+
+# ----------------------------------------------------------------------------------------------------
+# What a run measures
+# ----------------------------------------------------------------------------------------------------
+
+
+def payments(
+    contrastive: Tensor, reward: Tensor, correct: Tensor, sound: Tensor, group: Tensor
+) -> list[tuple[float, float]]:
+    """(share of sound among the correct, gap) of every group with both a sound and an unsound correct rollout.
+
+    The gap is what the contrastive reward pays a sound correct rollout more than an unsound one, in units of the
+    standard deviation of the group's rewards R: by so much their advantages differ. All arguments (B,).
+
+    R is 1, 0.5 and 0, its standard deviation 0.5:
+    >>> rc, correct = torch.tensor([0.0, -0.5, 0.0]), torch.tensor([True, True, False])
+    >>> (share, gap), = payments(rc, correct + rc, correct, torch.tensor([True, False, False]), torch.zeros(3).long())
+    >>> share, round(gap, 4)
+    (0.5, 1.0)
+    """
+    gaps = []
+    std = clipo.group_std(reward, group)
+    for g in group.unique():
+        right, wrongly = (correct & sound & (group == g)), (correct & ~sound & (group == g))
+        if right.any() and wrongly.any():
+            share = right.sum() / (right | wrongly).sum()
+            gap = (contrastive[right].mean() - contrastive[wrongly].mean()) / (std[right][0] + 1e-6)
+            gaps.append((share.item(), gap.item()))
+    return gaps
+
+
+def mean_cosine(embedding: Tensor, correct: Tensor, group: Tensor) -> float | None:
+    """Mean cosine between two correct rollouts of one group, over all groups with two: (B, E), (B,), (B,).
+
+    >>> mean_cosine(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]), torch.ones(3).bool(), torch.tensor([0, 0, 1]))
+    0.6000000238418579
+    """
+    means = []
+    for g in group.unique():
+        z = embedding[correct & (group == g)]
+        if len(z) > 1:
+            means.append(((z @ z.t()).sum() - len(z)) / (len(z) * (len(z) - 1)))  # the diagonal is 1
+    return torch.stack(means).mean().item() if means else None
+
+
+class Mechanism:
+    """Gathers, step by step, what the contrastive reward pays for soundness."""
+
+    def __init__(self):
+        self.gap: list[float | None] = []  # of each step, the mean over its groups
+        self.by_share = [[0, 0.0] for _ in range(SHARES)]  # number of groups and sum of their gaps, by sound share
+
+    def add(self, *scored: Tensor) -> None:
+        gaps = payments(*scored)
+        for share, gap in gaps:
+            cell = self.by_share[min(int(share * SHARES), SHARES - 1)]
+            cell[0], cell[1] = cell[0] + 1, cell[1] + gap
+        self.gap.append(sum(gap for _, gap in gaps) / len(gaps) if gaps else None)
+
+
+def open_start(run: Run, runs: Path, device: torch.device):
+    """The warm-started model of a run, its tokenizer, its world."""
+    world = toy.World(**run.world)
+    folder = warm_started(runs, "tiny", run.seed, run.batches, device, world)
+    return *checkpoint.load_model(str(folder), device), world
+
+
+def both_evaluations(model, tokenizer, world: toy.World, stories: int) -> dict:
+    """Greedy and sampled (temperature 1): {level: {metric: (successes, trials)}} each."""
+    return {
+        name: toy.evaluate(model, tokenizer, count=stories, temperature=temperature, world=world)
+        for name, temperature in (("greedy", 0.0), ("sampled", 1.0))
+    }
+
+
+KEPT = ("accuracy", "process", "on_floor", "contrastive_reward_std", "groups_without_contrast", "entropy")
+
+
+def execute_train(run: Run, runs: Path, device: torch.device) -> dict:
+    """Train from the warm start; each step's measurements and the evaluation of the last policy."""
+    model, tokenizer, world = open_start(run, runs, device)
+    trainer = CLIPO(model, tokenizer, are_correct, CLIPOConfig.for_track("toy", seed=run.seed, **run.config))
+    task, mechanism = ToyTask(trainer.config, world), Mechanism()
+    history: dict[str, list] = {name: [] for name in (*KEPT, "sound_share", "cosine")}
+    for _ in range(trainer.config.steps):
+        metrics, _, sound = take_step(trainer, task)
+        scored, sound = trainer.last, torch.tensor(sound, device=device)
+        correct, group = scored.correct, scored.rollouts.group
+        metrics["sound_share"] = (correct & sound).sum().item() / max(1, correct.sum().item())
+        metrics["cosine"] = mean_cosine(scored.embedding, correct, group)
+        mechanism.add(scored.contrastive, scored.reward, correct, sound, group)
+        for name, values in history.items():
+            values.append(metrics[name])
+    return {
+        "history": {**history, "gap": mechanism.gap},
+        "gap_by_share": mechanism.by_share,
+        **both_evaluations(trainer.policy, tokenizer, world, run.stories),
+    }
+
+
+def execute_frozen(run: Run, runs: Path, device: torch.device) -> dict:
+    """Every arm's head learns from the same rollouts of the warm-started policy, which stays as it is.
+
+    Measured once a third of the steps is over: {arm: mean gap over groups, by sound share, share on the floor}.
+    """
+    model, tokenizer, world = open_start(run, runs, device)
+    trainers = {
+        arm: CLIPO(model, tokenizer, are_correct, CLIPOConfig.for_track("toy", seed=run.seed, **changes))
+        for arm, changes in run.config.items()
+    }
+    first = next(iter(trainers.values()))
+    task, found = ToyTask(first.config, world), {arm: (Mechanism(), []) for arm in trainers}
+    for step in range(first.config.steps):
+        stories = task.problems(step)
+        prompts = [tokenizer(story.question)["input_ids"] for story in stories]
+        rollouts, texts, correct, _ = first.sample(prompts, [story.answer for story in stories], None, {})
+        group = rollouts.group
+        sound = [toy.is_sound(stories[g], text) for g, text in zip(group.tolist(), texts, strict=True)]
+        sound = torch.tensor(sound, device=device)
+        for arm, trainer in trainers.items():
+            _, loss, anchors, _ = trainer.contrast(rollouts, correct)
+            rc = trainer.reward_agreement(loss, anchors, correct, group)
+            trainer.steps_done += 1
+            if step >= first.config.steps // 3:
+                mechanism, on_floor = found[arm]
+                mechanism.add(rc, correct + rc, correct, sound, group)
+                on_floor += (rc[anchors] <= trainer.config.reward_floor).tolist()
+    return {
+        "arms": {
+            arm: {
+                "gap": sum(total for _, total in mechanism.by_share) / max(1, sum(n for n, _ in mechanism.by_share)),
+                "by_share": mechanism.by_share,
+                "on_floor": sum(on_floor) / max(1, len(on_floor)),
+            }
+            for arm, (mechanism, on_floor) in found.items()
+        }
+    }
+
+
+def execute(run: Run, runs: Path, device: torch.device) -> dict:
+    """Do it; its line for the results file."""
+    begin = time.perf_counter()
+    if run.kind == "start":
+        found = both_evaluations(*open_start(run, runs, device), run.stories)
+    elif run.kind == "train":
+        found = execute_train(run, runs, device)
+    else:
+        found = execute_frozen(run, runs, device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    machine = {"processor": name, "torch": torch.__version__, "transformers": transformers.__version__}
+    seconds = round(time.perf_counter() - begin, 1)
+    return {**asdict(run), **rounded(found), "seconds": seconds, "commit": commit(), "machine": machine}
+
+
+def rounded(value):
+    """Four decimals are more than any of these measurements knows.
+
+    >>> rounded({"gap": [0.123456, None, 3]})
+    {'gap': [0.1235, None, 3]}
+    """
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(part) for part in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+# ----------------------------------------------------------------------------------------------------
+# Many runs
+# ----------------------------------------------------------------------------------------------------
+
+
+def known_runs(file: Path) -> dict[str, dict]:
+    """The results file by the keys of its runs."""
+    names = Run.__dataclass_fields__
+    return {Run(**{n: line[n] for n in names}).key: line for line in checkpoint.read_lines(file)}
+
+
+def make(wanted: Sequence[Run], file: Path, runs: Path, workers: int, device: str) -> None:
+    """Bring every wanted run, and the warm start it begins with, into the results file; a process and a thread each.
+
+    Raises RuntimeError, when all others are done, if one failed.
+    """
+    have = known_runs(file)
+    everything = {run.key: run for run in [*(run.start for run in wanted), *wanted]}
+    missing = [run for key, run in everything.items() if key not in have]
+    failed = []
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(missing), desc="runs", disable=not missing) as bar:
+        jobs = {pool.submit(in_a_process, run, runs, device): run for run in missing}
+        try:
+            for job in as_completed(jobs):
+                line, error = job.result()
+                if line is None:
+                    failed.append(f"{jobs[job].key}\n{error}")
+                else:
+                    checkpoint.append_line(file, line)
+                bar.update()
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)  # those under way were interrupted too
+            raise
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(missing)} runs failed; the first:\n{failed[0]}")
+
+
+def in_a_process(run: Run, runs: Path, device: str) -> tuple[dict | None, str]:
+    """Its line, or None and the end of what it said. One thread: two runs side by side beat one on two threads."""
+    command = [sys.executable, "-m", "lab.runs", run.key, str(runs.resolve()), device]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        return None, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1]), ""
+
+
+if __name__ == "__main__":
+    key, folder, on = sys.argv[1:]
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    print(json.dumps(execute(Run(**json.loads(key)), Path(folder), torch.device(on))))

@@ -1,0 +1,158 @@
+"""The paper in miniature: its statistics by hand, its runs for real, its committed tables from the committed lines."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import clipo
+import toy
+from clipo import INFORMATIVE, CLIPOConfig
+from lab import paper, runs
+from lab.runs import Run
+
+RESULTS = ROOT / "results"
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "lab.paper", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_equal_runs_have_equal_keys():
+    assert Run("train", 0, {"a": 1, "b": 2}).key == Run("train", 0, {"b": 2, "a": 1}).key
+    assert Run("train", 0, world={"friend_right": (1, 2)}).key == Run("train", 0, world={"friend_right": [1, 2]}).key
+    assert len({Run("train", 0).key, Run("train", 1).key, Run("start", 0).key, Run("train", 0, batches=3).key}) == 4
+
+
+def test_an_arm_leaves_out_what_is_the_default_anyway():
+    usual = CLIPOConfig.for_track("toy")
+    assert paper.CLIPO.run(3) == Run("train", 3)
+    assert paper.Arm({"samples_per_prompt": usual.samples_per_prompt}, world={"slips": toy.World().slips}).run(
+        3
+    ) == Run("train", 3)
+    assert paper.Arm({"weight": 0.0}).run(3, steps=5) == Run("train", 3, {"weight": 0.0, "steps": 5}, {}, 30, 30)
+
+
+def test_the_papers_arm_has_the_papers_constants_and_the_ladder_ends_at_ours():
+    arm = CLIPOConfig.for_track("toy", **paper.TRACK1["paper's constants"].config)
+    assert arm == CLIPOConfig.for_track("toy", paper=True)
+    assert list(paper.LADDER.values())[1].run(0) == paper.TRACK1["paper's constants"].run(0)
+    assert list(paper.LADDER.values())[-2].run(0) == Run("train", 0)
+    assert {name for change in paper.CHANGES.values() for name in change} == set(INFORMATIVE) - {"reward_ceiling"}
+    assert INFORMATIVE["reward_ceiling"] == CLIPOConfig().reward_ceiling
+
+
+def test_every_arm_is_valid_and_compared_with_an_arm_of_its_own_table():
+    for experiment in paper.EXPERIMENTS.values():
+        for arm in experiment.arms.values():
+            CLIPOConfig.for_track("toy", **arm.config)
+            toy.World(**arm.world)
+            assert arm.against is None or arm.against in experiment.arms
+            if arm.against:  # the same world and size, or the difference says nothing about the method
+                assert experiment.arms[arm.against].world == arm.world
+
+
+def line(seed, right):
+    return {"seed": seed, "greedy": {"P2": {"answer": [right, 100]}}}
+
+
+def test_differences_are_paired_by_seed():
+    lines = {"a": [line(0, 10), line(1, 50), line(2, 30)], "b": [line(1, 60), line(0, 30)]}
+    assert paper.differences(lines, "b", "a", "P2", "answer") == pytest.approx([0.1, 0.2])
+
+
+def test_payments_by_hand():
+    """Two groups mixed in the batch; a third without unsound correct ones says nothing."""
+    group = torch.tensor([1, 0, 1, 0, 1, 0, 2, 2, 1])
+    correct = torch.tensor([1, 1, 1, 1, 0, 0, 1, 0, 1]).bool()
+    sound = torch.tensor([1, 1, 0, 0, 1, 0, 1, 0, 0]).bool()
+    rc = torch.tensor([0.4, 0.1, 0.1, 0.3, 0.0, 0.0, 0.9, 0.0, 0.3])
+    reward = correct + rc
+    got = runs.payments(rc, reward, correct, sound, group)
+    std = [torch.tensor(rs).std().item() for rs in ([1.1, 1.3, 0.0], [1.4, 1.1, 0.0, 1.3])]
+    assert got == [
+        (pytest.approx(1 / 2), pytest.approx((0.1 - 0.3) / std[0], rel=1e-4)),
+        (pytest.approx(1 / 3), pytest.approx((0.4 - 0.2) / std[1], rel=1e-4)),
+    ]
+    advantage = clipo.group_advantages(reward, group)
+    in_advantages = advantage[0] - (advantage[2] + advantage[8]) / 2
+    assert got[1][1] == pytest.approx(in_advantages.item(), rel=1e-4)
+
+
+def test_mean_cosine_against_a_loop():
+    torch.manual_seed(0)
+    z = torch.nn.functional.normalize(torch.randn(12, 5), dim=-1)
+    correct, group = torch.rand(12) < 0.7, torch.randint(0, 3, (12,))
+    per_group = []
+    for g in range(3):
+        rows = [i for i in range(12) if correct[i] and group[i] == g]
+        pairs = [float(z[i] @ z[j]) for i in rows for j in rows if i != j]
+        per_group += [sum(pairs) / len(pairs)] if pairs else []
+    assert runs.mean_cosine(z, correct, group) == pytest.approx(sum(per_group) / len(per_group), rel=1e-4)
+    assert runs.mean_cosine(z, torch.zeros(12).bool(), group) is None
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory):
+    """One seed of track1, two steps a run, from a warm start of three batches. Returns the results folder."""
+    folder = tmp_path_factory.mktemp("paper")
+    tiny = {"prompts_per_step": 4, "samples_per_prompt": 4, "head_warmup_steps": 1, "steps": 2}
+    wanted = [Run("train", 0, arm.config | tiny, {}, 3, 10) for arm in paper.TRACK1.values()]
+    wanted.append(Run("frozen", 0, {"ours": tiny, "fixed": {**tiny, "head_steps": 0}}, {}, 3, 10))
+    runs.make(wanted, folder / "runs.jsonl", folder / "starts", workers=2, device="cpu")
+    return folder, wanted
+
+
+def test_runs_are_made_once_with_all_they_measure(trial):
+    folder, wanted = trial
+    known = runs.known_runs(folder / "runs.jsonl")
+    assert set(known) == {run.key for run in wanted} | {wanted[0].start.key}
+    before = (folder / "runs.jsonl").read_text()
+    runs.make(wanted, folder / "runs.jsonl", folder / "starts", workers=2, device="cpu")
+    assert (folder / "runs.jsonl").read_text() == before
+    one = known[wanted[1].key]
+    assert {"commit", "machine", "seconds", "seed", "config"} <= set(one)
+    assert set(one["greedy"]) == set(one["sampled"]) == set(toy.LEVELS)
+    assert all(len(values) == 2 for values in one["history"].values())
+    assert set(known[wanted[-1].key]["arms"]) == {"ours", "fixed"}
+
+
+def test_arms_of_a_seed_are_paired(trial):
+    """In the first step every arm has the same model, the same stories and the same rollouts."""
+    folder, wanted = trial
+    known = runs.known_runs(folder / "runs.jsonl")
+    first = [[known[run.key]["history"][name][0] for name in ("accuracy", "process")] for run in wanted[:-1]]
+    assert all(values == first[0] for values in first)
+
+
+def test_a_failed_run_is_reported_and_the_others_are_kept(tmp_path):
+    wanted = [Run("start", 0, {}, {}, 1, 5), Run("train", 0, {"steps": -1}, {}, 1, 5)]
+    with pytest.raises(RuntimeError, match=r"(?s)1 of 2 runs failed; the first:.*steps is -1; expected at least 1"):
+        runs.make(wanted, tmp_path / "runs.jsonl", tmp_path / "starts", workers=1, device="cpu")
+    assert len(runs.known_runs(tmp_path / "runs.jsonl")) == 1
+
+
+@pytest.mark.skipif(not (RESULTS / "runs.jsonl").exists(), reason="no committed runs")
+def test_committed_tables_are_those_of_the_committed_lines(tmp_path):
+    (tmp_path / "runs.jsonl").write_text((RESULTS / "runs.jsonl").read_text())
+    done = command("all", "--draw", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    tables = [f"{name}.md" for name in paper.EXPERIMENTS] + ["track1.json"]
+    for name in tables:
+        if (RESULTS / name).exists():
+            assert (tmp_path / name).read_text() == (RESULTS / name).read_text(), name
+    shown = json.loads((tmp_path / "track1.json").read_text())
+    assert set(shown) == set(toy.LEVELS)
+
+
+@pytest.mark.parametrize(
+    "wrong, message", [(["nothing"], "invalid choice: 'nothing'"), (["track1", "--seeds", 0], "1 or more")]
+)
+def test_mistakes_get_one_line(wrong, message):
+    done = command(*wrong)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,293 @@
+"""Draw rollouts as points: do the right answers to a question gather, and do the wrong ones scatter?
+
+    python tsne.py runs/toy-grpo runs/toy               the toy world: before training, after GRPO, after CLIPO
+    python tsne.py runs/toy --questions 6 --samples 32
+    python tsne.py --redraw runs/toy/tsne.npz           the same picture again, without a model
+
+The first panels show the model that the first run began with. A t-SNE picture alone proves nothing: it shows clusters
+even where there are none. So each panel carries two numbers, computed in the original space with cosine distance:
+    silhouette   of right against wrong rollouts of one question, mean over questions: 1 far apart, 0 mixed
+    purity       the share of a right rollout's 10 nearest neighbours that answer the same question and are right
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import load_file
+from sklearn.manifold import TSNE
+from sklearn.metrics import silhouette_score
+from sklearn.neighbors import NearestNeighbors
+
+import checkpoint
+import clipo
+import toy
+from problems import SUFFIX, Problem, UserError, are_correct, load_problems, prompt_ids
+
+# ----------------------------------------------------------------------------------------------------
+# Numbers that belong to a panel
+# ----------------------------------------------------------------------------------------------------
+
+
+def silhouette(points: np.ndarray, right: np.ndarray, question: np.ndarray) -> float | None:
+    """Silhouette of right against wrong among the rollouts of a question, cosine distance, mean over questions.
+
+    points (B, width), right (B,) bool, question (B,). Questions without two of each say nothing; None if all are so.
+
+    >>> points = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    >>> silhouette(points, np.array([True, True, False, False]), np.zeros(4))
+    1.0
+    """
+    scores = []
+    for q in np.unique(question):
+        here = question == q
+        if min(right[here].sum(), (~right[here]).sum()) >= 2:
+            scores.append(silhouette_score(points[here], right[here], metric="cosine"))
+    return float(np.mean(scores)) if scores else None
+
+
+def purity(points: np.ndarray, right: np.ndarray, question: np.ndarray, neighbours: int = 10) -> float | None:
+    """Of the nearest neighbours of right rollouts, the share that are right answers to the same question.
+
+    points (B, width), right (B,) bool, question (B,), cosine distance. None if no rollout is right.
+
+    >>> points = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+    >>> purity(points, np.array([True, True, True, False]), np.array([0, 0, 1, 1]), neighbours=1)
+    0.6666666666666666
+    """
+    if not right.any():
+        return None
+    search = NearestNeighbors(n_neighbors=neighbours + 1, metric="cosine").fit(points)
+    near = search.kneighbors(points[right], return_distance=False)
+    rows = np.flatnonzero(right)
+    shares = []
+    for row, others in zip(rows, near, strict=True):
+        others = [o for o in others if o != row][:neighbours]  # a point's first neighbour is mostly itself
+        shares.append(np.mean([right[o] and question[o] == question[row] for o in others]))
+    return float(np.mean(shares))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Rollouts and their embeddings
+# ----------------------------------------------------------------------------------------------------
+
+
+def load_head(run: Path, device: torch.device) -> tuple[clipo.ContrastiveHead, bool]:
+    """A run's contrastive head, and whether it is given hidden states less their group's mean. Raises UserError."""
+    try:
+        config = json.loads((run / "settings.json").read_text(encoding="utf-8"))["config"]
+        weights = load_file(run / "head.safetensors", device=str(device))
+    except (OSError, KeyError, ValueError) as reason:
+        raise UserError(f"{run} has no contrastive head; expected the folder of a run of train.py") from reason
+    d_model = next(iter(weights.values())).shape[1]  # of the first layer
+    head = clipo.ContrastiveHead(d_model, config["d_embed"], config["head_mlp"]).to(device)
+    head.load_state_dict(weights)
+    return head, config["center_hidden"]
+
+
+@torch.no_grad()
+def embed(model, tokenizer, problems: Sequence[Problem], samples: int, max_new_tokens: int, seed: int) -> dict:
+    """Sampled rollouts of the problems: hidden (B, D), right (B,) bool, question (B,), on the toy world sound (B,)."""
+    on_toy = isinstance(problems[0], toy.Story)
+    rollouts = clipo.generate(
+        model,
+        [prompt_ids(tokenizer, problem.question, "" if on_toy else SUFFIX) for problem in problems],
+        samples_per_prompt=samples,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=clipo.end_of_sequence_ids(model, tokenizer),
+        generator=torch.Generator().manual_seed(seed),
+        max_batch=256,
+    )
+    ids = [row[keep].tolist() for row, keep in zip(rollouts.tokens.cpu(), rollouts.mask.cpu(), strict=True)]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    asked = [problems[g] for g in rollouts.group.tolist()]
+    right = torch.tensor(are_correct(texts, [problem.answer for problem in asked]))
+    found = {"hidden": rollouts.hidden, "right": right, "question": rollouts.group}
+    if on_toy:
+        found["sound"] = torch.tensor([toy.is_sound(story, text) for story, text in zip(asked, texts, strict=True)])
+    return found
+
+
+def panels(runs: Sequence[Path], problems: Sequence[Problem], given: argparse.Namespace) -> dict[str, dict]:
+    """For the model before training and for each run: {name: {"hidden" or "z", "right", "question", "sound"}}."""
+    device = checkpoint.device_from(given.device)
+    start = json.loads((runs[0] / "settings.json").read_text(encoding="utf-8"))["model"]
+    found = {}
+    for name, folder in [("before", start), *((run.name, str(run)) for run in runs)]:
+        model, tokenizer = checkpoint.load_model(folder, device)
+        one = embed(model, tokenizer, problems, given.samples, given.max_new_tokens, given.seed)
+        if name != "before":
+            head, centred = load_head(Path(folder), device)
+            hidden = one["hidden"]
+            with torch.no_grad():
+                one["z"] = head(hidden - clipo.group_mean(hidden, one["question"]) if centred else hidden)
+        found[name] = {kind: values.cpu().numpy() for kind, values in one.items()}
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------
+# The picture
+# ----------------------------------------------------------------------------------------------------
+
+SPACES = {"hidden": "mean hidden state h", "z": "the head's embedding z"}
+
+
+def scores(found: dict[str, dict]) -> list[dict]:
+    """The numbers of every panel."""
+    return [
+        {
+            "model": name,
+            "space": space,
+            "silhouette": number(silhouette(one[space], one["right"], one["question"])),
+            "purity": number(purity(one[space], one["right"], one["question"])),
+            "right": f"{one['right'].mean():.2f}",
+            "sound": f"{one['sound'].mean():.2f}" if "sound" in one else "",
+        }
+        for name, one in found.items()
+        for space in SPACES
+        if space in one
+    ]
+
+
+def flat(points: np.ndarray, perplexity: float, seed: int) -> np.ndarray:
+    """t-SNE in two dimensions from a PCA start, the same for all panels: (B, width) -> (B, 2)."""
+    perplexity = min(perplexity, (len(points) - 1) / 3)
+    return TSNE(perplexity=perplexity, init="pca", metric="cosine", random_state=seed).fit_transform(points)
+
+
+def number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2f}"
+
+
+def draw(found: dict[str, dict], file: Path, *, perplexity: float, seed: int, by_question: bool) -> None:
+    """A panel for each model and space; by verdict (filled: right, round: sound), or a colour for each question."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    captions = {(row["model"], row["space"]): row for row in scores(found)}
+    figure, axes = plt.subplots(
+        len(SPACES), len(found), figsize=(4.2 * len(found), 8.4), layout="constrained", squeeze=False
+    )
+    for row, (space, title) in zip(axes, SPACES.items(), strict=True):
+        for axis, (name, one) in zip(row, found.items(), strict=True):
+            axis.set(xticks=[], yticks=[], title=f"{name}: {title}")
+            if space not in one:
+                axis.text(0.5, 0.5, "no head yet", ha="center", transform=axis.transAxes)
+                continue
+            xy, right, question = flat(one[space], perplexity, seed), one["right"], one["question"]
+            sound = one.get("sound", np.ones_like(right))
+            for is_right, is_sound, marker, colour, label in (
+                (True, True, "o", "tab:blue", "right, sound" if "sound" in one else "right"),
+                (True, False, "^", "tab:orange", "right by wrong steps"),
+                (False, True, "x", "0.55", "wrong" if "sound" not in one else None),
+                (False, False, "x", "0.55", "wrong"),
+            ):
+                here = (right == is_right) & (sound == is_sound)
+                if here.any():
+                    colours = (
+                        {"c": question[here], "cmap": "tab20", "vmin": 0, "vmax": 19}
+                        if by_question
+                        else {"color": colour}
+                    )
+                    axis.scatter(*xy[here].T, s=18, marker=marker, label=label, alpha=0.8, **colours)
+            caption = captions[name, space]
+            axis.set_xlabel("silhouette {silhouette}, purity {purity}; {right} right".format(**caption))
+    handles = {
+        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The command
+# ----------------------------------------------------------------------------------------------------
+
+
+def save_points(found: dict[str, dict], file: Path) -> None:
+    """All that the picture is drawn from; float16 is finer than a point."""
+    flat_names = {f"{name}/{kind}": values for name, one in found.items() for kind, values in one.items()}
+    half = {n: v.astype(np.float16) if v.dtype == np.float32 else v for n, v in flat_names.items()}
+    np.savez_compressed(file, **half)
+
+
+def load_points(file: Path) -> dict[str, dict]:
+    """What `save_points` wrote. Raises UserError."""
+    found: dict[str, dict] = {}
+    try:
+        with np.load(file) as points:
+            for key in points:
+                name, kind = key.rsplit("/", 1)
+                values = points[key]
+                found.setdefault(name, {})[kind] = values.astype(np.float32) if values.dtype == np.float16 else values
+    except (OSError, ValueError) as reason:
+        raise UserError(f"{file} cannot be read; expected a tsne.npz that this command wrote") from reason
+    return found
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs of train.py")
+    p.add_argument("--redraw", type=Path, metavar="FILE", help="a tsne.npz: draw it again")
+    p.add_argument("--data", help="gsm8k, math, ... or a file (default: the first run's; the toy world's P1)")
+    p.add_argument("--questions", type=int, default=8, metavar="N", help="(default: 8)")
+    p.add_argument("--samples", type=int, default=24, metavar="N", help="rollouts of each (default: 24)")
+    p.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="(default: 48)")
+    p.add_argument("--perplexity", type=float, default=20, help="of t-SNE (default: 20)")
+    p.add_argument("--seed", type=int, default=0, help="of the rollouts and of t-SNE (default: 0)")
+    p.add_argument("--out", type=Path, metavar="FOLDER", help="(default: the last run's)")
+    p.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    return p
+
+
+def run(given: argparse.Namespace) -> None:
+    """Sample, embed, save, draw. Raises UserError."""
+    for option in ("questions", "samples", "max_new_tokens", "perplexity"):
+        if getattr(given, option) < 1:
+            raise UserError(f"--{option.replace('_', '-')} is {getattr(given, option)}; expected 1 or more")
+    if bool(given.runs) == bool(given.redraw):
+        raise UserError("expected either folders of runs or --redraw with a tsne.npz")
+    if given.redraw:
+        found, out = load_points(given.redraw), given.out or given.redraw.parent
+    else:
+        for folder in given.runs:
+            if not (folder / "settings.json").is_file():
+                raise UserError(f"{folder} has no settings.json; expected the folder of a run of train.py")
+        settings = json.loads((given.runs[0] / "settings.json").read_text(encoding="utf-8"))
+        data = given.data or settings["data"]
+        if data == "toy":  # stories on which the friend is right about two times in three
+            problems = toy.stories(f"t-SNE {given.seed}", toy.LEVELS["P1"], given.questions)
+        else:
+            problems = load_problems(data)[: given.questions]
+        found, out = panels(given.runs, problems, given), given.out or given.runs[-1]
+    out.mkdir(parents=True, exist_ok=True)
+    if not given.redraw:
+        save_points(found, out / "tsne.npz")
+    for name, by_question in (("tsne.png", False), ("tsne-questions.png", True)):
+        draw(found, out / name, perplexity=given.perplexity, seed=given.seed, by_question=by_question)
+        print(out / name)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        run(parser().parse_args(arguments))
+    except UserError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
