@@ -276,7 +276,7 @@ def warm_start(
         sequences = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
         predicted = sum(map(len, sequences)) - len(sequences)
         total = 0.0
-        for rows in clipo.micro_batches([len(s) for s in sequences], budget=2048):
+        for rows in clipo.micro_batches([len(s) for s in sequences], budget=1024):  # what a core's cache holds
             tokens = clipo.pad_right([sequences[row] for row in rows], model.device)  # (rows, S)
             states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]  # (rows, S - 1, D)
             real = tokens[:, 1:] != tokenizer.pad_token_id

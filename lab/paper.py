@@ -445,17 +445,17 @@ class Experiment:
     figure: Callable[[Lines, Path], None] | None = None
 
 
-EXPERIMENTS = {
+EXPERIMENTS = {  # the most important first: `all` may be stopped
     "mechanism": Experiment("What the contrastive reward pays for", TRACK1, 8, mechanism_figure),
     "track1": Experiment("Track I in miniature", TRACK1, 8, track1_figure),
+    "scope": Experiment("Where positives and negatives come from", SCOPE),
     "ladder": Experiment("From the paper's constants to ours, one change on top of the other", LADDER),
     "phase": Experiment("When does it help? The world's two dials", PHASE, figure=phase_figure),
-    "limits": Experiment("Does it last, and where does it not hold?", LIMITS),
-    "scope": Experiment("Where positives and negatives come from", SCOPE),
     "losses": Experiment("Contrastive losses", LOSSES),
-    "baselines": Experiment("Policy losses, each with and without CLIPO", BASELINES),
-    "head": Experiment("The contrastive head", HEAD),
     "temperature": Experiment("Temperature tau", TEMPERATURE, figure=temperature_figure),
+    "baselines": Experiment("Policy losses, each with and without CLIPO", BASELINES),
+    "limits": Experiment("Does it last, and where does it not hold?", LIMITS),
+    "head": Experiment("The contrastive head", HEAD),
     "weight": Experiment("Weight lambda", WEIGHT),
     "groupsize": Experiment("Group size at equal rollouts per step", GROUP_SIZE),
 }

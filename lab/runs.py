@@ -52,8 +52,9 @@ class Run:
 
     @property
     def start(self) -> Run:
-        """The run whose warm-started model this one begins with."""
-        return Run("start", self.seed, {}, self.world, self.batches, self.stories)
+        """The run whose warm-started model this one begins with, whatever the friend is like in training."""
+        world = {name: value for name, value in self.world.items() if name != "friend_right"}
+        return Run("start", self.seed, {}, world, self.batches, self.stories)
 
 
 # ----------------------------------------------------------------------------------------------------
