@@ -1312,32 +1312,37 @@ class CLIPO:
     def sample(
         self, prompts: list, answers: list, fresh: Iterator | None, seconds: dict[str, float]
     ) -> tuple[Rollouts, list[str], Tensor, list[int]]:
-        """G rollouts per prompt, their texts and verdicts (B,), and which prompt each group answers.
+        """G rollouts per prompt, their texts and verdicts (B,), and which prompt each group answers (see `Scored`).
 
         DAPO's dynamic sampling: a group all right or all wrong has no advantage. Its prompt makes room for a fresh one
         (in `prompts` and `answers` themselves), at most `resample_tries` times; what is then still without is kept.
         """
-        random, origin = self.random(0), list(range(len(prompts)))
-        groups, drawn = origin, len(prompts)
-        for attempt in range(self.config.resample_tries + 1):
-            with self.phase("rollout", seconds), self.mixed_precision():
-                new = self.roll_out([prompts[g] for g in groups], random)
-            with self.phase("verify", seconds):
-                new_texts, new_correct = self.verify(new, [answers[g] for g in groups])
-            if attempt == 0:
-                rollouts, texts, correct = new, new_texts, new_correct
-            else:
-                rows = torch.isin(rollouts.group, rollouts.group.new_tensor(groups)).nonzero()[:, 0]
-                rollouts, correct = rollouts.put(rows, new), correct.index_copy(0, rows, new_correct)
-                for row, text in zip(rows.tolist(), new_texts, strict=True):
-                    texts[row] = text
+        random, origin, drawn = self.random(0), list(range(len(prompts))), len(prompts)
+        rollouts, texts, correct = self.roll_out_and_verify(prompts, answers, random, seconds)
+        for _ in range(self.config.resample_tries):
             accuracy = correct.view(len(prompts), -1).float().mean(-1)  # (B,) -> (P,)
-            groups = ((accuracy == 0) | (accuracy == 1)).nonzero()[:, 0].tolist()
-            if not groups or attempt == self.config.resample_tries:
-                return rollouts, texts, correct, origin
-            origin = origin.copy()
-            for g in groups:
+            dull = ((accuracy == 0) | (accuracy == 1)).nonzero()[:, 0].tolist()
+            if not dull:
+                break
+            for g in dull:
                 (prompts[g], answers[g]), origin[g], drawn = next(fresh), drawn, drawn + 1
+            new, new_texts, verdicts = self.roll_out_and_verify(
+                [prompts[g] for g in dull], [answers[g] for g in dull], random, seconds
+            )
+            rows = torch.isin(rollouts.group, rollouts.group.new_tensor(dull)).nonzero()[:, 0]
+            rollouts, correct = rollouts.put(rows, new), correct.index_copy(0, rows, verdicts)
+            for row, text in zip(rows.tolist(), new_texts, strict=True):
+                texts[row] = text
+        return rollouts, texts, correct, origin
+
+    def roll_out_and_verify(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[str], random: torch.Generator, seconds: dict
+    ) -> tuple[Rollouts, list[str], Tensor]:
+        """G rollouts per prompt, their texts, and their verdicts (B,) bool."""
+        with self.phase("rollout", seconds), self.mixed_precision():
+            rollouts = self.roll_out(prompts, random)
+        with self.phase("verify", seconds):
+            return rollouts, *self.verify(rollouts, answers)
 
     def roll_out(self, prompts: Sequence[Sequence[int]], random: torch.Generator) -> Rollouts:
         """G rollouts per prompt from the current policy."""

@@ -258,7 +258,8 @@ def run(given: argparse.Namespace) -> None:
     if bool(given.runs) == bool(given.redraw):
         raise UserError("expected either folders of runs or --redraw with a tsne.npz")
     if given.redraw:
-        found, out = load_points(given.redraw), given.out or given.redraw.parent
+        points, out = given.redraw, given.out or given.redraw.parent
+        out.mkdir(parents=True, exist_ok=True)
     else:
         for folder in given.runs:
             if not (folder / "settings.json").is_file():
@@ -269,10 +270,11 @@ def run(given: argparse.Namespace) -> None:
             problems = toy.stories(f"t-SNE {given.seed}", toy.LEVELS["P1"], given.questions)
         else:
             problems = load_problems(data)[: given.questions]
-        found, out = panels(given.runs, problems, given), given.out or given.runs[-1]
-    out.mkdir(parents=True, exist_ok=True)
-    if not given.redraw:
-        save_points(found, out / "tsne.npz")
+        out = given.out or given.runs[-1]
+        out.mkdir(parents=True, exist_ok=True)
+        points = out / "tsne.npz"
+        save_points(panels(given.runs, problems, given), points)
+    found = load_points(points)  # also what was just made: it is rounded, and --redraw shall give the same picture
     for name, by_question in (("tsne.png", False), ("tsne-questions.png", True)):
         draw(found, out / name, perplexity=given.perplexity, seed=given.seed, by_question=by_question)
         print(out / name)

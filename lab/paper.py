@@ -237,7 +237,11 @@ def over_history(lines: Sequence[dict], name: str) -> str:
 
 
 def comparison(arms: dict[str, Arm], lines: Lines) -> str:
-    """One row per arm that has been run; greedy answers."""
+    """One row per arm that has been run; greedy answers.
+
+    gap, on floor and no contrast are means over steps: `runs.payments`, the share of anchors whose reward is the least
+    possible, and the share of groups without an anchor.
+    """
     rows = []
     for arm, spec in arms.items():
         if not lines[arm]:
@@ -253,6 +257,7 @@ def comparison(arms: dict[str, Arm], lines: Lines) -> str:
             "to": spec.against if paired else "",
             "gap": over_history(lines[arm], "gap") if pays else "",
             "on floor": over_history(lines[arm], "on_floor") if pays else "",
+            "no contrast": over_history(lines[arm], "groups_without_contrast") if pays else "",
         })  # fmt: skip
     return markdown(rows)
 

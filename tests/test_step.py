@@ -111,9 +111,11 @@ def test_settings_of_the_informative_reward():
     t.step(PROMPTS, ANSWERS)
     hidden, group, correct = t.last.rollouts.hidden, t.last.rollouts.group, t.last.correct
     centred = torch.stack([h - hidden[group == g].mean(0) for h, g in zip(hidden, group, strict=True)])
-    loss, anchors = clipo.contrastive_loss(head(centred), correct, group, kind="decoupled", temperature=0.5)
-    wrong = torch.tensor([int((~correct[group == g]).sum()) for g in group])
-    expected = torch.where(anchors, ((1 + wrong).log() - loss).clamp(-0.05, 0.04), 0.0)
+    loss, anchors = clipo.contrastive_loss(
+        head(centred), correct, group, kind="decoupled", temperature=0.5, scope="cross"
+    )
+    chance = math.log(1 + int((~correct).sum()))  # the wrong rollouts of all questions are negatives
+    expected = torch.where(anchors, (chance - loss).clamp(-0.05, 0.04), 0.0)
     torch.testing.assert_close(t.last.contrastive, expected)
     assert expected.min() < -0.049 and expected.max() > 0.039
 
