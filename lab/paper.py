@@ -480,31 +480,34 @@ def wanted(name: str, seeds: int | None, steps: int | None) -> list[Run]:
     return runs + [frozen_run(seed) for seed in FROZEN_SEEDS if name == "mechanism" and not steps]
 
 
-def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps: int | None) -> None:
-    """The table of an experiment, and its figure, from the lines that are there."""
+def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps: int | None) -> bool:
+    """The table of an experiment, and its figure, from the lines that are there. False if there are none."""
     experiment = EXPERIMENTS[name]
     lines: Lines = {
         arm: [known[key] for seed in range(seeds or experiment.seeds) if (key := spec.run(seed, steps).key) in known]
         for arm, spec in experiment.arms.items()
     }
     used = {id(line): line for part in lines.values() for line in part}.values()
-    missing = [arm for arm in lines if not lines[arm]]
-    arms = experiment.arms
+    if not used:
+        return False
+    expected, arms = seeds or experiment.seeds, experiment.arms
+    missing = [f"{arm} ({len(part)} of {expected} seeds)" for arm, part in lines.items() if len(part) < expected]
     if not any(arm.world for arm in arms.values()):
-        starts = [CLIPO.run(seed, steps).start.key for seed in range(seeds or experiment.seeds)]
+        starts = [CLIPO.run(seed, steps).start.key for seed in range(expected)]
         arms = {"warm start": Arm(against=None), **arms}
         lines["warm start"] = [known[key] for key in starts if key in known]
     parts = [f"# {experiment.title}", provenance(name, list(used)), comparison(arms, lines)]
     if missing:
-        parts.append(f"Not run yet: {', '.join(missing)}.")
-    elif experiment.figure:
+        parts.append(f"Not complete yet: {', '.join(missing)}.")
+    if experiment.figure and all(lines.values()):
         experiment.figure(lines, out / f"{name}.png")
-    if name == "track1" and not missing:
+    if name == "track1" and all(lines.values()):
         parts += ["Greedy / sampled at temperature 1, means over seeds:", levels_table(arms, lines)]
         (out / "track1.json").write_text(json.dumps(track1_json(lines), indent=1) + "\n", encoding="utf-8")
     if name == "mechanism" and (frozen := [known[r.key] for s in FROZEN_SEEDS if (r := frozen_run(s)).key in known]):
         parts += ["With frozen policies:", frozen_table(frozen)]
     (out / f"{name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return True
 
 
 def make_tsne(out: Path, runs: Path) -> None:
@@ -517,13 +520,28 @@ def make_tsne(out: Path, runs: Path) -> None:
     tsne.main([str(runs / "GRPO"), str(runs / "CLIPO"), "--out", str(out), "--device", "cpu"])
 
 
-def draw_tsne(out: Path) -> None:
-    """The pictures and the numbers that go with each panel."""
+def draw_tsne(out: Path) -> bool:
+    """The pictures and the numbers that go with each panel. False if there is nothing to draw."""
+    if not (out / "tsne.npz").exists():
+        return False
     tsne.main(["--redraw", str(out / "tsne.npz")])
     found = tsne.load_points(out / "tsne.npz")
     about = "`python -m lab.paper tsne`; seed 0; silhouette and purity as tsne.py defines them."
     table = markdown(tsne.scores(found))
     (out / "tsne.md").write_text(f"# t-SNE: what its panels are worth\n\n{about}\n\n{table}\n", encoding="utf-8")
+    return True
+
+
+def make_and_draw(name: str, out: Path, given: argparse.Namespace) -> bool:
+    """One experiment, as the command line asks for it. False if there is nothing to draw."""
+    file, runs = out / "runs.jsonl", ROOT / "runs" / "paper"
+    if name == "tsne":
+        if not given.draw:
+            make_tsne(out, runs)
+        return draw_tsne(out)
+    if not given.draw:
+        make(wanted(name, given.seeds, given.steps), file, runs, given.workers, given.device)
+    return draw(name, out, known_runs(file), given.seeds, given.steps)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -546,17 +564,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--{option} is {value}; expected 1 or more")
     out = given.out or (ROOT / "runs" / "trial" if given.seeds or given.steps else ROOT / "results")
     out.mkdir(parents=True, exist_ok=True)
-    file, runs = out / "runs.jsonl", ROOT / "runs" / "paper"
-    for name in NAMES[:-1] if given.name == "all" else [given.name]:
-        if name == "tsne":
-            if not given.draw:
-                make_tsne(out, runs)
-            draw_tsne(out)
-        else:
-            if not given.draw:
-                make(wanted(name, given.seeds, given.steps), file, runs, given.workers, given.device)
-            draw(name, out, known_runs(file), given.seeds, given.steps)
-        print(out / f"{name}.md")
+    try:
+        for name in NAMES[:-1] if given.name == "all" else [given.name]:
+            print(out / f"{name}.md" if make_and_draw(name, out, given) else f"{name}: not run yet")
+    except KeyboardInterrupt:
+        print("stopped; what is finished stays, and the same command goes on", file=sys.stderr)
+        return 130
+    except RuntimeError as reason:
+        print(f"error: {reason}", file=sys.stderr)
+        return 1
     return 0
 
 
