@@ -7,6 +7,7 @@ file holds one JSON line per run; what stands there is never run again, so that 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -34,6 +35,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARES = 5  # bins of the share of sound ones among a group's correct rollouts
 
 
+def fingerprint() -> str:
+    """Of everything that a run does not name because it is the default: another default makes other runs."""
+    usual = [asdict(CLIPOConfig.for_track("toy")), asdict(toy.WORLD)]
+    return hashlib.sha256(json.dumps(usual, sort_keys=True).encode()).hexdigest()[:8]
+
+
 @dataclass(frozen=True)
 class Run:
     """kind "start": the warm-started model as it is; "train": trained on; "frozen": heads on a frozen policy."""
@@ -44,6 +51,7 @@ class Run:
     world: dict = field(default_factory=dict)  # changes to toy.World()
     batches: int = 600  # of the warm start
     stories: int = 300  # of each level in an evaluation
+    defaults: str = field(default_factory=fingerprint)
 
     @property
     def key(self) -> str:
