@@ -41,7 +41,7 @@ class World:
 
     friend_right: tuple[float, ...] = (0.99, 0.99, 0.99, 0.35, 0.15)  # by number of clauses, 1 to 5
     friend_right_demos: float = 0.9  # in the warm start's demonstrations, whatever the number of clauses
-    demo_clauses: tuple[int, ...] = (2, 3, 3, 3, 3)  # weights of 1 to 5 clauses in the demonstrations
+    demo_clauses: tuple[int, ...] = (1, 2, 3, 4, 4)  # weights of 1 to 5 clauses in the demonstrations
     sound_demos: float = 0.8  # share of demonstrations that calculate; the others copy
     mistaught: float = 0.08  # share of all sums whose result is taught wrong, always by the same amount
     mistaught_rate: float = 0.9  # how often such a sum is taught wrong
@@ -258,7 +258,7 @@ def warm_start(
     seed: int,
     *,
     world: World = WORLD,
-    batches: int = 600,
+    batches: int = 800,
     batch_size: int = 64,
     lr: float = 3e-3,
     on_batch: Callable[[float], None] = lambda loss: None,

@@ -49,7 +49,7 @@ class Run:
     seed: int
     config: dict = field(default_factory=dict)  # changes to CLIPOConfig.for_track("toy"); "frozen": {arm: changes}
     world: dict = field(default_factory=dict)  # changes to toy.World()
-    batches: int = 600  # of the warm start
+    batches: int = 800  # of the warm start
     stories: int = 300  # of each level in an evaluation
     defaults: str = field(default_factory=fingerprint)
 
