@@ -83,15 +83,20 @@ class Rollouts:
 
     def put(self, rows: Tensor, other: Rollouts) -> Rollouts:
         """These rollouts with all of `other` in place of the given rows, (N,) long; the rows keep their group."""
-        longest = max(self.tokens.shape[1], other.tokens.shape[1])
+        shorter, longer = sorted((self, other), key=lambda rollouts: rollouts.tokens.shape[1])
+        longest, stop = longer.tokens.shape[1], int(shorter.tokens[0, -1])  # all of the shorter have ended
 
-        def merged(mine: Tensor, theirs: Tensor) -> Tensor:  # (B, T or D), (N, T or D)
-            if mine is not self.hidden:
-                mine, theirs = (F.pad(part, (0, longest - part.shape[1])) for part in (mine, theirs))
+        def merged(mine: Tensor, theirs: Tensor, pad: int = 0) -> Tensor:  # (B, T), (N, T') -> (B, longest)
+            mine, theirs = (F.pad(part, (0, longest - part.shape[1]), value=pad) for part in (mine, theirs))
             return mine.index_copy(0, rows, theirs)
 
-        pairs = ((getattr(self, name), getattr(other, name)) for name in ("tokens", "mask", "logprobs", "hidden"))
-        return Rollouts(*(merged(*pair) for pair in pairs), self.group)
+        return Rollouts(
+            merged(self.tokens, other.tokens, pad=stop),
+            merged(self.mask, other.mask),
+            merged(self.logprobs, other.logprobs),
+            self.hidden.index_copy(0, rows, other.hidden),
+            self.group,
+        )
 
 
 class KVCache:

@@ -328,6 +328,7 @@ def test_dynamic_sampling_replaces_groups_without_reward_spread():
     assert t.last.correct.tolist() == even(t.last.texts)
     ends = torch.tensor(t.stop_ids)
     for row, keep in zip(rollouts.tokens, rollouts.mask, strict=True):
+        assert torch.isin(row[~keep], ends).all()  # padded as `generate` pads
         assert torch.isin(row[keep][:-1], ends).sum() == 0 and (torch.isin(row[keep][-1], ends) or keep.sum() == 8)
 
 
