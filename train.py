@@ -379,11 +379,12 @@ def finish_toy(settings: Settings, trainer: CLIPO, out: Path, base, count: int) 
     print(f"\n{toy_table(*results, count)}\n")
     print("P0 is like the training stories; P1 and P2 are longer, and there the friend is right less and less.")
     print("lucky: right answers that were reached by wrong steps.\n\nTry next:")
+    seed = settings.config.seed
     if settings.config.weight > 0:
-        print("  python train.py --weight 0    plain GRPO: watch it learn to copy its friend")
+        print(f"  python train.py --seed {seed} --weight 0    plain GRPO from the same start: does it learn to copy?")
     if not settings.paper:
-        print("  python train.py --paper       the paper's constants")
-    print("  python train.py --seed 1      another warm start")
+        print(f"  python train.py --seed {seed} --paper       the paper's constants")
+    print(f"  python train.py --seed {seed + 1}               another warm start")
 
 
 def settings_and_folder(given: dict) -> tuple[Settings, Path]:

@@ -511,12 +511,12 @@ def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps:
 
 
 def make_tsne(out: Path, runs: Path) -> None:
-    """Train GRPO and CLIPO on seed 0 with train.py, as a reader would, and embed rollouts of both."""
+    """Train GRPO and CLIPO on seed 1 with train.py, as a reader would, and embed rollouts of both."""
     for name, options in (("GRPO", ["--weight", "0"]), ("CLIPO", [])):
         if not (runs / name / "head.safetensors").exists():
             shutil.rmtree(runs / name, ignore_errors=True)
-            command = [sys.executable, str(ROOT / "train.py"), *options, "--out", str(runs / name), "--device", "cpu"]
-            subprocess.run(command, check=True, cwd=ROOT)
+            command = ["train.py", "--seed", "1", *options, "--out", str(runs / name), "--device", "cpu"]
+            subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
     tsne.main([str(runs / "GRPO"), str(runs / "CLIPO"), "--out", str(out), "--device", "cpu"])
 
 
@@ -526,7 +526,7 @@ def draw_tsne(out: Path) -> bool:
         return False
     tsne.main(["--redraw", str(out / "tsne.npz")])
     found = tsne.load_points(out / "tsne.npz")
-    about = "`python -m lab.paper tsne`; seed 0; silhouette and purity as tsne.py defines them."
+    about = "`python -m lab.paper tsne`; seed 1; silhouette and purity as tsne.py defines them."
     table = markdown(tsne.scores(found))
     (out / "tsne.md").write_text(f"# t-SNE: what its panels are worth\n\n{about}\n\n{table}\n", encoding="utf-8")
     return True

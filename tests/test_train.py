@@ -61,7 +61,7 @@ def test_a_toy_run_leaves_everything_it_promises(toy_run):
     out, stdout = toy_run
     for level in toy.LEVELS:
         assert re.search(rf"^{level} +answer right +\d+% \[\d+, \d+\] +\d+% \[\d+, \d+\]$", stdout, re.M)
-    assert "python train.py --weight 0" in stdout
+    assert "python train.py --seed 0 --weight 0" in stdout
     metrics = lines(out / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2, 3, 4]
     assert {"reward", "accuracy", "process", "contrastive_loss", "on_floor", "entropy", "seconds"} <= set(metrics[0])
