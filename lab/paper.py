@@ -481,14 +481,15 @@ def wanted(name: str, seeds: int | None, steps: int | None) -> list[Run]:
 
 
 def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps: int | None) -> bool:
-    """The table of an experiment, and its figure, from the lines that are there. False if there are none."""
+    """The table of an experiment, and its figure, from the lines that are there. False if it has none of its own."""
     experiment = EXPERIMENTS[name]
     lines: Lines = {
         arm: [known[key] for seed in range(seeds or experiment.seeds) if (key := spec.run(seed, steps).key) in known]
         for arm, spec in experiment.arms.items()
     }
     used = {id(line): line for part in lines.values() for line in part}.values()
-    if not used:
+    shared = [] if experiment.arms is TRACK1 else [spec.run(0, steps) for spec in TRACK1.values()]
+    if not any(lines[arm] for arm, spec in experiment.arms.items() if spec.run(0, steps) not in shared):
         return False
     expected, arms = seeds or experiment.seeds, experiment.arms
     missing = [f"{arm} ({len(part)} of {expected} seeds)" for arm, part in lines.items() if len(part) < expected]
