@@ -51,7 +51,7 @@ class World:
     )
 
 
-WORLD = World()
+WORLD = World()  # its dials were set on seeds 1000 to 1004, 1010 and 1011; results are reported for 0, 1, 2, ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ LEVELS = {"P0": Level((2, 3)), "P1": Level((3, 4)), "P2": Level((4, 5)), "NoOp":
 TRAINING_LEVEL = LEVELS["P0"]
 
 SIZES = {  # width, layers, heads, feed-forward width
-    "tiny": (128, 3, 4, 384),  # 0.6M parameters: minutes on a laptop
+    "tiny": (128, 3, 4, 384),  # 0.65M parameters: minutes on a laptop
     "small": (512, 8, 8, 1536),  # 27M
     "base": (1024, 12, 16, 3072),  # 164M: a GPU's
 }

@@ -77,6 +77,19 @@ def test_a_toy_run_leaves_everything_it_promises(toy_run):
     assert set(evaluation["trained"]) == set(toy.LEVELS)
 
 
+def test_dapo_replaces_groups_and_logs_the_stories_that_were_answered(tmp_path):
+    """This model is never right: every group is replaced twice, and the log has the last stories drawn."""
+    dapo = ["--policy-loss", "dapo", "--resample-tries", 2, "--overlong-buffer", 4]
+    done = run(*TINY_RUN, *dapo, "--steps", 1, "--out", tmp_path / "dapo")
+    assert done.returncode == 0, done.stderr
+    (metrics,) = lines(tmp_path / "dapo" / "metrics.jsonl")
+    assert metrics["accuracy"] == 0 and metrics["groups_resampled"] == 1
+    config = train.CLIPOConfig.for_track("toy", prompts_per_step=2)
+    drawn = train.ToyTask(config).more(0)
+    last = [next(drawn).question for _ in range(4)][-2:]
+    assert [row["question"] for row in lines(tmp_path / "dapo" / "rollouts.jsonl")] == last
+
+
 def test_the_saved_folder_opens_with_from_pretrained(toy_run):
     out, _ = toy_run
     model = AutoModelForCausalLM.from_pretrained(out)
