@@ -512,7 +512,7 @@ def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps:
 
 
 def make_tsne(out: Path, runs: Path) -> None:
-    """Train GRPO and CLIPO on seed 1 with train.py, as a reader would, and embed rollouts of both."""
+    """Train GRPO and CLIPO on seed 1 with train.py, as a reader would; embed and draw rollouts of both."""
     for name, options in (("GRPO", ["--weight", "0"]), ("CLIPO", [])):
         if not (runs / name / "head.safetensors").exists():
             shutil.rmtree(runs / name, ignore_errors=True)
@@ -521,25 +521,27 @@ def make_tsne(out: Path, runs: Path) -> None:
     tsne.main([str(runs / "GRPO"), str(runs / "CLIPO"), "--out", str(out), "--device", "cpu"])
 
 
-def draw_tsne(out: Path) -> bool:
-    """The pictures and the numbers that go with each panel. False if there is nothing to draw."""
-    if not (out / "tsne.npz").exists():
-        return False
-    tsne.main(["--redraw", str(out / "tsne.npz")])
+def tabulate_tsne(out: Path) -> None:
+    """The numbers that go with each panel."""
     found = tsne.load_points(out / "tsne.npz")
     about = "`python -m lab.paper tsne`; seed 1; silhouette and purity as tsne.py defines them."
     table = markdown(tsne.scores(found))
     (out / "tsne.md").write_text(f"# t-SNE: what its panels are worth\n\n{about}\n\n{table}\n", encoding="utf-8")
-    return True
 
 
 def make_and_draw(name: str, out: Path, given: argparse.Namespace) -> bool:
     """One experiment, as the command line asks for it. False if there is nothing to draw."""
     file, runs = out / "runs.jsonl", ROOT / "runs" / "paper"
     if name == "tsne":
+        points = out / "tsne.npz"
         if not given.draw:
             make_tsne(out, runs)
-        return draw_tsne(out)
+        elif points.exists():
+            tsne.main(["--redraw", str(points)])
+        else:
+            return False
+        tabulate_tsne(out)
+        return True
     if not given.draw:
         make(wanted(name, given.seeds, given.steps), file, runs, given.workers, given.device)
     return draw(name, out, known_runs(file), given.seeds, given.steps)
