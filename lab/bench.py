@@ -130,8 +130,12 @@ def processor() -> str:
 
 
 def commit() -> str:
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+    """The commit at work, with "-dirty" if the code was changed since; what a measurement wrote is no code."""
+    git = [
+        subprocess.run(["git", *what], capture_output=True, text=True, check=False).stdout.strip()
+        for what in (["describe", "--always"], ["status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results"])
+    ]
+    return git[0] + ("-dirty" if git[1] else "") or "unknown"
 
 
 def compare(machine: Machine, sides: dict[str, Callable[[int], object]]) -> dict[str, list[float]]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -137,7 +138,11 @@ LADDER = {"GRPO": GRPO} | {
 }
 # The same changes alone, for frozen policies: each added to the paper's constants, each taken away from ours.
 ALONE = {f"paper's, {name}": PAPER | change for name, change in CHANGES.items()}
-WITHOUT = {f"ours without: {name}": {key: PAPER[key] for key in change} for name, change in CHANGES.items()}
+WITHOUT = {
+    f"ours without: {name}": {key: PAPER[key] for key in change}
+    for name, change in CHANGES.items()
+    if name != "all positives"  # without them, as without "decoupled", the loss is the paper's
+}
 
 SOUND, FRIEND = (0.4, 0.6, 0.8), (0.80, 0.90, 0.99)  # the dials of the phase map
 
@@ -517,8 +522,15 @@ def make_tsne(out: Path, runs: Path) -> None:
         if not (runs / name / "head.safetensors").exists():
             shutil.rmtree(runs / name, ignore_errors=True)
             command = ["train.py", "--seed", "1", *options, "--out", str(runs / name), "--device", "cpu"]
-            subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
-    tsne.main([str(runs / "GRPO"), str(runs / "CLIPO"), "--out", str(out), "--device", "cpu"])
+            if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
+                raise RuntimeError(f"{shlex.join(command)} did not end well; what it said stands above")
+    embed_and_draw(str(runs / "GRPO"), str(runs / "CLIPO"), "--out", str(out), "--device", "cpu")
+
+
+def embed_and_draw(*arguments: str) -> None:
+    """tsne.py, as a reader would call it. Raises RuntimeError if it fails, which it has then told."""
+    if tsne.main(arguments):
+        raise RuntimeError(f"{shlex.join(['tsne.py', *arguments])} did not end well; what it said stands above")
 
 
 def tabulate_tsne(out: Path) -> None:
@@ -537,7 +549,7 @@ def make_and_draw(name: str, out: Path, given: argparse.Namespace) -> bool:
         if not given.draw:
             make_tsne(out, runs)
         elif points.exists():
-            tsne.main(["--redraw", str(points)])
+            embed_and_draw("--redraw", str(points))
         else:
             return False
         tabulate_tsne(out)

@@ -137,6 +137,13 @@ def test_a_failed_run_is_reported_and_the_others_are_kept(tmp_path):
     assert len(runs.known_runs(tmp_path / "runs.jsonl")) == 1
 
 
+def test_a_failed_picture_ends_the_command_with_its_reason(tmp_path, capfd):
+    (tmp_path / "tsne.npz").write_bytes(b"no points")
+    assert paper.main(["tsne", "--draw", "--out", str(tmp_path)]) == 1
+    said = capfd.readouterr().err
+    assert "tsne.npz cannot be read" in said and "error: tsne.py --redraw" in said and "Traceback" not in said
+
+
 @pytest.mark.skipif(not (RESULTS / "runs.jsonl").exists(), reason="no committed runs")
 def test_committed_tables_are_those_of_the_committed_lines(tmp_path):
     for name in ("runs.jsonl", "tsne.npz"):
