@@ -778,10 +778,43 @@ def known(name: str, given: str, names: Sequence[str]) -> None:
         raise ValueError(f"{name} is {given!r}; expected one of: {', '.join(names)}")
 
 
-def draw_one(allowed: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One allowed entry per row, uniformly: (A, G) bool -> (A, G) bool with one True in each row."""
-    noise = torch.rand(allowed.shape, generator=generator).to(allowed.device)
-    return F.one_hot(noise.masked_fill(~allowed, -1).argmax(-1), allowed.shape[1]).bool()
+def pairs_in_scope(correct: Tensor, group: Tensor, scope: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Who is an anchor, and what every other rollout in its scope is to it.
+
+    index (P, G) long: the rows of each group (of the scopes "cross" and "batch": of the one batch); anchor (P, G) bool;
+    positive, negative (A, G) bool, a row for each of the A anchors.
+
+    >>> pairs_in_scope(torch.tensor([True, True, False]), torch.zeros(3).long(), "group")[2:]
+    (tensor([[False,  True, False],
+            [ True, False, False]]), tensor([[False, False,  True],
+            [False, False,  True]]))
+    """
+    known("contrastive scope", scope, SCOPES)
+    index, valid = group_rows(group if scope == "group" else torch.zeros_like(group))  # P is 1 for the whole batch
+    right = correct[index].bool() & valid  # (P, G)
+    another = ~torch.eye(index.shape[1], dtype=torch.bool, device=group.device)
+    positive = right[:, :, None] & right[:, None, :] & another  # (P, G, G): anchor, other
+    if scope == "cross":
+        positive &= group[index][:, :, None] == group[index][:, None, :]
+    negative = right[:, :, None] & (~right & valid)[:, None, :]
+    anchor = positive.any(-1) & negative.any(-1)  # (P, G)
+    return index, anchor, positive[anchor], negative[anchor]
+
+
+def draw_positives(
+    correct: Tensor, group: Tensor, *, scope: str = "group", generator: torch.Generator | None = None
+) -> Tensor:
+    """One positive for every anchor, uniformly, by its row: (B,), (B,) -> (B,) long; -1 where there is no anchor.
+
+    `generator` is a CPU generator, or the global one. Raises ValueError for an unknown scope.
+
+    >>> draw_positives(torch.tensor([True, True, False]), torch.zeros(3).long())
+    tensor([ 1,  0, -1])
+    """
+    index, anchor, positive, _ = pairs_in_scope(correct, group, scope)
+    noise = torch.rand(positive.shape, generator=generator).to(positive.device)
+    chosen = noise.masked_fill(~positive, -1).argmax(-1)  # (A, G) -> (A,)
+    return torch.full_like(group, -1).index_put((index[anchor],), index[anchor.nonzero()[:, 0], chosen])
 
 
 def contrastive_loss(
@@ -793,48 +826,34 @@ def contrastive_loss(
     temperature: float = 0.05,
     scope: str = "group",
     positives: Tensor | None = None,
-    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The contrastive loss of every anchor: the formulas at the head of this section.
 
     z (B, E) unit vectors, correct (B,) bool, group (B,) long. Returns loss (B,), 0 where there is no anchor, and
     anchors (B,) bool: the correct rollouts that have another correct one and a wrong one in scope. `positives`
-    (B,) long names each anchor's positive by its row; without it "infonce" draws one with `generator` (a CPU
-    generator) and the others take all. Raises ValueError for an unknown kind or scope, or a temperature <= 0.
+    (B,) long names each anchor's j by its row (`draw_positives`); "infonce" needs it, the others then take all of P.
+    Raises ValueError for an unknown kind or scope, a temperature <= 0, and positives that are missing or wrong.
 
     Memory grows with B * G in the scope "group", with B * B in the other two.
 
     Three rollouts at right angles, two of them correct; the chance level is log 2:
-    >>> loss, anchors = contrastive_loss(torch.eye(3), torch.tensor([True, True, False]), torch.zeros(3).long())
-    >>> loss, anchors
+    >>> correct, group = torch.tensor([True, True, False]), torch.zeros(3).long()
+    >>> contrastive_loss(torch.eye(3), correct, group, positives=draw_positives(correct, group))
     (tensor([0.6931, 0.6931, 0.0000]), tensor([ True,  True, False]))
     """
     known("contrastive kind", kind, list(CONTRASTIVE_LOSSES))
-    known("contrastive scope", scope, SCOPES)
     if not temperature > 0:
         raise ValueError(f"contrastive temperature is {temperature}; expected a positive number")
-    index, valid = group_rows(group if scope == "group" else torch.zeros_like(group))  # P is 1 for the whole batch
-    right = correct[index].bool() & valid  # (P, G)
-    another = ~torch.eye(index.shape[1], dtype=torch.bool, device=z.device)
-    positive = right[:, :, None] & right[:, None, :] & another  # (P, G, G): anchor, other
-    if scope == "cross":
-        positive &= group[index][:, :, None] == group[index][:, None, :]
-    negative = right[:, :, None] & (~right & valid)[:, None, :]
-    anchor = positive.any(-1) & negative.any(-1)  # (P, G)
-
-    similarity = torch.einsum("pie,pae->pia", z[index], z[index])[anchor] / temperature  # (P, G, G) -> (A, G)
-    positive, negative = positive[anchor], negative[anchor]
+    index, anchor, positive, negative = pairs_in_scope(correct, group, scope)
+    rows, target = index[anchor], positive  # (A,), (A, G)
     if positives is not None:
-        members = index[:, None, :].expand(-1, index.shape[1], -1)[anchor]  # (A, G): rows in the anchor's scope
-        target = (members == positives[index[anchor]][:, None]) & positive
+        target = positive & (index[anchor.nonzero()[:, 0]] == positives[rows][:, None])
         if not target.any(-1).all():
             raise ValueError("positives names a row that is not another correct rollout in the anchor's scope")
     elif kind == "infonce":
-        target = draw_one(positive, generator)
-    else:
-        target = positive
+        raise ValueError("infonce takes one positive for each anchor; expected positives=draw_positives(...)")
 
-    rows = index[anchor]  # (A,)
+    similarity = torch.einsum("pie,pae->pia", z[index], z[index])[anchor] / temperature  # (P, G, G) -> (A, G)
     loss = CONTRASTIVE_LOSSES[kind](similarity, target, positive, negative)
     anchors = torch.zeros_like(correct, dtype=torch.bool).index_fill(0, rows, True)
     return z.new_zeros(len(z)).index_put((rows,), loss), anchors
@@ -1185,6 +1204,7 @@ class Scored:
     embedding: Tensor  # (B, E) z before the head's update
     loss: Tensor  # (B,) L, 0 where there is no anchor
     anchors: Tensor  # (B,) bool
+    positive: Tensor | None  # (B,) long: the row of the positive drawn for an anchor; None: it has all of them
     contrastive: Tensor  # (B,) rc
     reward: Tensor  # (B,) R = r + rc
     advantage: Tensor  # (B,) A
@@ -1283,7 +1303,7 @@ class CLIPO:
         seconds: dict[str, float] = {}
         rollouts, texts, correct, origin = self.sample(prompts, answers, fresh, seconds)
         with self.phase("contrast", seconds):
-            embedding, loss, anchors, head_metrics = self.contrast(rollouts, correct)
+            embedding, loss, anchors, drawn, head_metrics = self.contrast(rollouts, correct)
             contrastive = self.reward_agreement(loss, anchors, correct, rollouts.group)
         reward = correct.float() + contrastive
         reward += overlong_penalty(rollouts.mask.sum(-1), self.config.max_new_tokens, self.config.overlong_buffer)
@@ -1292,7 +1312,9 @@ class CLIPO:
         with self.phase("update", seconds), self.mixed_precision():
             policy_metrics = {} if self.warming_up else self.update(prompts, rollouts, advantage)
 
-        self.last = Scored(rollouts, texts, correct, embedding, loss, anchors, contrastive, reward, advantage, origin)
+        self.last = Scored(
+            rollouts, texts, correct, embedding, loss, anchors, drawn, contrastive, reward, advantage, origin
+        )
         self.steps_done += 1
         tokens_per_second = int(rollouts.mask.sum()) / sum(seconds.values())
         return {
@@ -1370,25 +1392,30 @@ class CLIPO:
         correct = self.are_correct(texts, [answers[g] for g in rollouts.group.tolist()])
         return texts, torch.tensor(correct, dtype=torch.bool, device=rollouts.group.device)
 
-    def contrast(self, rollouts: Rollouts, correct: Tensor) -> tuple[Tensor, Tensor, Tensor, dict]:
-        """Embed the rollouts, then train the head on them: z (B, E), L (B,), anchors (B,) from *before* its update."""
+    def contrast(self, rollouts: Rollouts, correct: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, dict]:
+        """Embed the rollouts, then train the head on them.
+
+        z (B, E), L (B,), anchors (B,) and drawn positives (B,) are from *before* its update, as the reward is.
+        """
         config, random = self.config, self.random(1)
-        hidden = rollouts.hidden  # no gradient: generate made it
+        hidden, group, scope = rollouts.hidden, rollouts.group, config.contrastive_scope  # no gradient: generate made h
         if config.center_hidden:
-            hidden = hidden - group_mean(hidden, rollouts.group)
+            hidden = hidden - group_mean(hidden, group)
         before, grad_norm = None, None
         for _ in range(max(1, config.head_steps)):
-            z = self.head(hidden)
+            z, drawn = self.head(hidden), None
+            if config.contrastive_kind == "infonce":
+                drawn = draw_positives(correct, group, scope=scope, generator=random)
             loss, anchors = contrastive_loss(
                 z,
                 correct,
-                rollouts.group,
+                group,
                 kind=config.contrastive_kind,
                 temperature=config.contrastive_temperature,
-                scope=config.contrastive_scope,
-                generator=random,
+                scope=scope,
+                positives=drawn,
             )
-            before = before or (z.detach(), loss.detach(), anchors)
+            before = before or (z.detach(), loss.detach(), anchors, drawn)
             if not anchors.any() or config.head_steps == 0:
                 break  # nothing to learn from, or a fixed head
             grad_norm = self.descend(self.head_optimizer, loss[anchors].mean())

@@ -522,7 +522,7 @@ def contrast_cost(machine: Machine, B: int) -> tuple[float, int]:
     def contrast() -> None:
         z = head(hidden)
         with largest:
-            loss, anchors = clipo.contrastive_loss(z, correct, group)
+            loss, anchors = clipo.contrastive_loss(z, correct, group, positives=clipo.draw_positives(correct, group))
             loss[anchors].mean().backward()
 
     largest = LargestTensor()

@@ -83,22 +83,30 @@ def test_the_defaults_are_the_papers():
     torch.testing.assert_close(clipo.contrastive_loss(z, correct, group, positives=positives)[0], expected)
 
 
-def test_the_drawn_positive_is_uniform_over_the_others_and_follows_the_seed():
-    z, group = torch.nn.functional.normalize(torch.randn(5, 8, dtype=torch.float64), dim=-1), torch.zeros(5).long()
-    correct = torch.tensor([True, True, True, True, False])
-    choices = [torch.tensor([j, 0, 0, 0, 0]) for j in (1, 2, 3)]
-    possible = [by_the_formula(z, correct, group, "infonce", 0.05, positives)[0][0] for positives in choices]
+@pytest.mark.parametrize("scope", clipo.SCOPES)
+def test_the_drawn_positive_is_uniform_over_the_others_and_follows_the_seed(scope):
+    _, correct, group = batch()
+    n, pool = range(len(group)), group if scope != "batch" else 0 * group
+    others = {i: [j for j in n if j != i and correct[i] and correct[j] and pool[i] == pool[j]] for i in n}
+    anchors = by_the_formula(batch()[0], correct, group, "supcon_out", 0.5, scope=scope)[1]
 
     def draw(seed):
-        return clipo.contrastive_loss(z, correct, group, generator=torch.Generator().manual_seed(seed))[0]
+        return clipo.draw_positives(correct, group, scope=scope, generator=torch.Generator().manual_seed(seed)).tolist()
 
-    counts = [0, 0, 0]
-    for seed in range(300):
-        distance = [(draw(seed)[0] - p).abs().item() for p in possible]
-        assert min(distance) < 1e-9
-        counts[distance.index(min(distance))] += 1
-    assert min(counts) > 70  # 100 each, standard deviation 8
-    assert torch.equal(draw(7), draw(7))
+    assert draw(3) == draw(3)
+    draws = [draw(seed) for seed in range(400)]
+    for i in n:
+        seen = [positives[i] for positives in draws]
+        assert set(seen) == (set(others[i]) if anchors[i] else {-1})
+        if anchors[i]:  # each expects `mean`, with a standard deviation of at most its root
+            mean = 400 / len(others[i])
+            assert all(abs(seen.count(j) - mean) < 4 * mean**0.5 for j in others[i])
+
+
+def loss_of_draws(z, correct, group, *, kind="infonce", scope="group", **more):
+    """`contrastive_loss`, with positives drawn where the kind needs them."""
+    positives = clipo.draw_positives(correct, group, scope=scope) if kind == "infonce" else None
+    return clipo.contrastive_loss(z, correct, group, kind=kind, scope=scope, positives=positives, **more)
 
 
 @pytest.mark.parametrize("kind", list(clipo.CONTRASTIVE_LOSSES))
@@ -107,7 +115,7 @@ def test_groups_without_contrast_give_zeros_and_no_nan(kind, flags):
     correct = torch.tensor([c == "1" for c in flags])
     hidden = torch.randn(len(flags), 6, requires_grad=True)
     z, group = torch.nn.functional.normalize(hidden, dim=-1), torch.zeros(len(flags)).long()
-    loss, anchors = clipo.contrastive_loss(z, correct, group, kind=kind)
+    loss, anchors = loss_of_draws(z, correct, group, kind=kind)
     assert not anchors.any() and loss.tolist() == [0.0] * len(flags)
     assert clipo.contrastive_reward(loss, anchors).tolist() == [0.0] * len(flags)
     loss.sum().backward()
@@ -120,7 +128,7 @@ def test_identical_embeddings_sit_at_the_chance_level(kind, scope):
     """Where nothing can be told apart, L is the log of how many stand in the softmax."""
     _, correct, group = batch()
     z = torch.zeros(len(group), 4).index_fill(1, torch.tensor(2), 1.0)
-    loss, anchors = clipo.contrastive_loss(z, correct, group, kind=kind, scope=scope)
+    loss, anchors = loss_of_draws(z, correct, group, kind=kind, scope=scope)
     torch.testing.assert_close(loss[anchors], clipo.chance_level(correct, group, kind=kind, scope=scope)[anchors])
 
 
@@ -128,7 +136,7 @@ def test_the_floor_of_a_perfect_head():
     """Correct ones on one point, wrong ones opposite: log(n - 1) for InfoNCE, 0 decoupled."""
     z = torch.tensor([[1.0, 0.0]] * 5 + [[-1.0, 0.0]] * 3)
     correct, group = torch.tensor([True] * 5 + [False] * 3), torch.zeros(8).long()
-    infonce, anchors = clipo.contrastive_loss(z, correct, group)
+    infonce, anchors = loss_of_draws(z, correct, group)
     decoupled, _ = clipo.contrastive_loss(z, correct, group, kind="decoupled")
     torch.testing.assert_close(infonce[anchors], torch.full((5,), math.log(4)))
     torch.testing.assert_close(decoupled[anchors], torch.zeros(5))
@@ -137,7 +145,7 @@ def test_the_floor_of_a_perfect_head():
 def test_no_epsilon_bends_the_result():
     """At low similarities exp(s - 1/tau) is far below 1e-8; log-sum-exp must be exact there."""
     z = torch.eye(3)
-    loss, _ = clipo.contrastive_loss(z, torch.tensor([True, True, False]), torch.zeros(3).long(), temperature=0.01)
+    loss, _ = loss_of_draws(z, torch.tensor([True, True, False]), torch.zeros(3).long(), temperature=0.01)
     torch.testing.assert_close(loss[0], torch.tensor(2.0).log(), atol=1e-6, rtol=0)
 
 
@@ -168,6 +176,7 @@ def test_head_gives_unit_vectors_of_bias_free_layers(mlp, layers):
         ({"scope": "world"}, "contrastive scope is 'world'; expected one of: group, cross"),
         ({"temperature": 0.0}, "temperature is 0.0; expected a positive number"),
         ({"positives": torch.tensor([0, 1, 2])}, "not another correct rollout"),  # oneself is no positive
+        ({}, "infonce takes one positive for each anchor"),
     ],
 )
 def test_unknown_names_and_bad_values_are_refused(wrong, message):
@@ -248,7 +257,7 @@ def test_contrast_within_groups_never_builds_the_whole_batchs_matrix():
     B, G, E = 2048, 8, 16
     z = torch.nn.functional.normalize(torch.randn(B, E), dim=-1).requires_grad_()
     with LargestTensor() as largest:
-        loss, anchors = clipo.contrastive_loss(z, torch.arange(B) % 2 == 0, torch.arange(B) // G)
+        loss, anchors = loss_of_draws(z, torch.arange(B) % 2 == 0, torch.arange(B) // G)
         loss[anchors].mean().backward()
     assert anchors.sum() == B // 2 and z.grad.abs().sum() > 0
     assert largest.elements <= B * max(E, G)

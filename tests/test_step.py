@@ -80,7 +80,7 @@ def test_the_reward_comes_from_the_forward_before_the_heads_update():
     loss, anchors = clipo.contrastive_loss(
         before(scored.rollouts.hidden), scored.correct, scored.rollouts.group, kind="decoupled", temperature=0.5
     )
-    assert anchors.any() and not same(weights(before), weights(t.head))
+    assert anchors.any() and not same(weights(before), weights(t.head)) and scored.positive is None
     expected = clipo.contrastive_reward(loss, anchors, weight=0.3)
     torch.testing.assert_close(scored.contrastive, expected)
     torch.testing.assert_close(scored.reward, scored.correct.float() + expected)
@@ -96,7 +96,11 @@ def test_the_head_learns_by_adamw_on_the_mean_loss_over_anchors():
     t.step(PROMPTS, ANSWERS)
     optimizer = torch.optim.AdamW(expected.parameters(), lr=0.01, weight_decay=0.01)
     rollouts = t.last.rollouts
-    loss, anchors = clipo.contrastive_loss(expected(rollouts.hidden), t.last.correct, rollouts.group, generator=random)
+    positives = clipo.draw_positives(t.last.correct, rollouts.group, generator=random)
+    assert t.last.positive.tolist() == positives.tolist()
+    loss, anchors = clipo.contrastive_loss(
+        expected(rollouts.hidden), t.last.correct, rollouts.group, positives=positives
+    )
     loss[anchors].mean().backward()
     torch.nn.utils.clip_grad_norm_(expected.parameters(), 1.0)
     optimizer.step()
