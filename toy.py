@@ -126,15 +126,33 @@ def stories(seed: str | int, level: Level, count: int, world: World = WORLD) -> 
     return [make_story(rng, n, world.friend_right[n - 1], level.noop) for n in lengths]
 
 
+def first_bad_step(story: Story, response: str) -> tuple[int, int] | None:
+    """Where in the response (from, to: characters) the first step stands that is not the story's; None if all are.
+
+    Where a step is missing, from and to are equal. (The answer that follows the steps is not looked at.)
+
+    >>> story = Story("", "5", start=3, steps=(("+", 4), ("-", 2)))
+    >>> first_bad_step(story, "3 + 4 = 7 . 7 - 2 = 5 . #### 5")
+    >>> first_bad_step(story, "3 + 4 = 8 . 8 - 2 = 5 . #### 5"), first_bad_step(story, "3 + 4 = 7 . #### 5")
+    ((0, 9), (12, 12))
+    """
+    steps = [f"{a} {sign} {b} = {c}".split() for a, sign, b, c in story.solution]
+    said, at = response.split("####")[0], 0
+    for step in said.split("."):
+        if step.strip() and (not steps or step.split() != steps.pop(0)):
+            return at + len(step) - len(step.lstrip()), at + len(step.rstrip())
+        at += len(step) + 1
+    return (len(said), len(said)) if steps else None
+
+
 def is_sound(story: Story, response: str) -> bool:
-    """Are the response's steps exactly the story's, each right? (The answer that follows them is not looked at.)
+    """Are the response's steps exactly the story's, each right?
 
     >>> story = Story("", "5", start=3, steps=(("+", 4), ("-", 2)))
     >>> is_sound(story, "3 + 4 = 7 . 7 - 2 = 5 . #### 5"), is_sound(story, "3 + 2 = 5 . #### 5")
     (True, False)
     """
-    said = [step.split() for step in response.split("####")[0].split(".") if step.strip()]
-    return said == [f"{a} {sign} {b} = {c}".split() for a, sign, b, c in story.solution]
+    return first_bad_step(story, response) is None
 
 
 # ----------------------------------------------------------------------------------------------------

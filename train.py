@@ -27,12 +27,14 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
 import toy
 from clipo import CLIPO, INFORMATIVE, TRACKS, CLIPOConfig, Scored
 from eval import wilson
+from lab.report import write_report
 from problems import SUFFIX, TRAINING_SETS, Problem, UserError, are_correct, load_problems, prompt_ids
 
 # ----------------------------------------------------------------------------------------------------
@@ -118,6 +120,7 @@ class Settings:
     size: str  # of the toy world's own model
     warm_start_batches: int
     config: CLIPOConfig
+    command: str = ""  # that began the run
 
 
 def parser() -> argparse.ArgumentParser:
@@ -177,6 +180,7 @@ def settings_from(given: dict) -> Settings:
         given.get("size", "tiny"),
         given.get("warm_start_batches", 800),
         config,
+        given["command"],
     )
 
 
@@ -187,12 +191,14 @@ def settings_of_run(given: dict, out: Path) -> Settings:
         raise UserError(f"{out} holds no run to resume (no settings.json); expected --out with the folder of a run")
     saved = json.loads(file.read_text(encoding="utf-8"))
     settings = Settings(**{**saved, "config": CLIPOConfig(**saved["config"])})
-    before = {**saved, **saved["config"]}
-    changed = [name for name, value in given.items() if name in before and name != "steps" and before[name] != value]
+    before, free = {**saved, **saved["config"]}, ("steps", "command")
+    changed = [name for name, value in given.items() if name in before and name not in free and before[name] != value]
     if changed:
         differences = ", ".join(f"--{n.replace('_', '-')} was {before[n]}, given {given[n]}" for n in changed)
         raise UserError(f"{out} was begun with other settings: {differences}; leave them out, or choose another --out")
-    settings.config = dataclasses.replace(settings.config, steps=given.get("steps", settings.config.steps))
+    if given.get("steps", settings.config.steps) != settings.config.steps:
+        settings.config = dataclasses.replace(settings.config, steps=given["steps"])
+        settings.command += f" --steps {given['steps']}"
     return settings
 
 
@@ -241,25 +247,48 @@ def warm_started(
     return folder.resolve()
 
 
-def logged_groups(step: int, problems: Sequence[Problem], scored: Scored, sound: list[bool] | None, count: int):
-    """The first `count` groups of a step, a row for rollouts.jsonl each."""
-    group = scored.rollouts.group.tolist()
+def logged_groups(
+    step: int, problems: Sequence[Problem], scored: Scored, sound: list[bool] | None, count: int
+) -> Iterator[dict]:
+    """The first `count` groups of a step, a row for rollouts.jsonl each; `lab.report` shows them.
+
+    `cosine` is the matrix of the embeddings' cosines; rows and `positives` are numbered within the group.
+    """
     for g in range(min(count, len(problems))):
+        rows = (scored.rollouts.group == g).nonzero()[:, 0]
+        place = {row: i for i, row in enumerate(rows.tolist())}
+        z = scored.embedding[rows]
         rollouts = [
             {
                 "text": scored.texts[b],
                 "correct": bool(scored.correct[b]),
-                **({"sound": sound[b]} if sound else {}),
+                **({"sound": sound[b], "bad_step": toy.first_bad_step(problems[g], scored.texts[b])} if sound else {}),
                 "anchor": bool(scored.anchors[b]),
+                "positives": [place[j] for j in positives_of(b, rows, scored) if j in place],
                 "contrastive_loss": scored.loss[b].item(),
                 "contrastive_reward": scored.contrastive[b].item(),
                 "reward": scored.reward[b].item(),
                 "advantage": scored.advantage[b].item(),
             }
-            for b in range(len(group))
-            if group[b] == g
+            for b in place
         ]
-        yield {"step": step, "question": problems[g].question, "answer": problems[g].answer, "rollouts": rollouts}
+        yield {
+            "step": step,
+            "question": problems[g].question,
+            "answer": problems[g].answer,
+            "all_positives": scored.positive is None,
+            "rollouts": rollouts,
+            "cosine": [[round(cosine, 2) for cosine in row] for row in (z @ z.t()).tolist()],
+        }
+
+
+def positives_of(anchor: int, group: Tensor, scored: Scored) -> list[int]:
+    """The rows that an anchor was pulled towards: the one drawn, else all other right ones of its group."""
+    if not scored.anchors[anchor]:
+        return []
+    if scored.positive is not None:
+        return [int(scored.positive[anchor])]
+    return [row for row in group[scored.correct[group]].tolist() if row != anchor]
 
 
 class StopAsked:
@@ -314,38 +343,6 @@ def train(trainer: CLIPO, task: ToyTask | DataTask, out: Path, save_every: int, 
             checkpoint.save(trainer, out)
     bar.close()
     return trainer.steps_done >= config.steps
-
-
-def draw_curves(metrics: list[dict], file: Path) -> None:
-    """The learning curves of a run as a picture; the steps in which only the head learnt are shaded."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    panels = {
-        "Is it right, and for the right reason?": ("share of rollouts", ("accuracy", "process")),
-        "Reward": ("per rollout (contrastive: per anchor)", ("reward", "contrastive_reward")),
-        "Contrastive loss of the anchors": ("nats", ("contrastive_loss",)),
-        "What has no signal": ("share", ("groups_without_contrast", "groups_without_advantage", "on_floor")),
-        "Entropy": ("nats per token", ("entropy",)),
-        "Length of a response": ("tokens", ("response_length",)),
-    }
-    warm_up = [row["step"] for row in metrics if row["policy_loss"] is None]
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
-    for axis, (title, (unit, names)) in zip(axes.flat, panels.items(), strict=True):
-        for name, style in zip(names, ("-", "--", ":"), strict=False):
-            points = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), style, label=name.replace("_", " "))
-                axis.legend()
-        if warm_up:
-            axis.axvspan(min(warm_up) - 0.5, max(warm_up) + 0.5, color="0.92", zorder=0)
-        axis.set(title=title, xlabel="step", ylabel=unit)
-        axis.grid(alpha=0.3)
-    figure.suptitle(f"{file.parent.name} (shaded: head warm-up, the policy is left alone)")
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def toy_table(base: dict, trained: dict, count: int) -> str:
@@ -433,7 +430,7 @@ def run(given: dict) -> int:
             print(f"all {config.steps} steps are head warm-up (--head-warmup-steps {config.head_warmup_steps}): "
                   "the policy will not change")  # fmt: skip
         completed = train(trainer, task, out, given.get("save_every", 20), given.get("log_groups", 2))
-        draw_curves(checkpoint.read_lines(out / "metrics.jsonl"), out / "curves.png")
+        write_report([out])
     except OSError as reason:
         why = reason.strerror or reason
         raise UserError(f"{reason.filename or out}: {why}; expected a folder that can be written") from reason
@@ -445,7 +442,7 @@ def run(given: dict) -> int:
     if settings.data == "toy":
         base, _ = checkpoint.load_model(settings.model, device)
         finish_toy(settings, trainer, out, base, given.get("test_stories", 300))
-    print(f"\n{out} holds the model, metrics.jsonl, rollouts.jsonl and curves.png")
+    print(f"\n{out} holds the model, metrics.jsonl, rollouts.jsonl; open {out / 'report.html'} in a browser")
     return 0
 
 
@@ -453,7 +450,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        return run(vars(parser().parse_args(arguments)))
+        arguments = sys.argv[1:] if arguments is None else list(map(str, arguments))
+        given = vars(parser().parse_args(arguments))
+        return run({**given, "command": shlex.join(["python", "train.py", *arguments])})
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2

@@ -48,21 +48,27 @@ def test_the_friend_is_right_as_often_as_the_dials_say():
 
 
 @pytest.mark.parametrize(
-    "response, sound",
+    "response, bad",  # what the first bad step is; None: all are the story's
     [
-        ("3 + 4 = 7 . 7 - 2 = 5 . #### 5", True),
-        ("3 + 4 = 7 . 7 - 2 = 5 . #### 9", True),  # the answer is judged apart
-        ("3+4=7. 7-2=5. #### 5", False),  # a token apart is a token apart
-        ("3 + 4 = 8 . 8 - 2 = 6 . #### 5", False),
-        ("3 + 4 = 7 . #### 5", False),
-        ("3 + 4 = 7 . 7 - 2 = 5 . 5 + 1 = 6 . #### 5", False),
-        ("3 - 2 = 1 . 1 + 4 = 5 . #### 5", False),
-        ("#### 5", False),
-        ("", False),
+        ("3 + 4 = 7 . 7 - 2 = 5 . #### 5", None),
+        ("3 + 4 = 7 . 7 - 2 = 5 . #### 9", None),  # the answer is judged apart
+        ("3+4=7. 7-2=5. #### 5", "3+4=7"),  # a token apart is a token apart
+        ("3 + 4 = 8 . 8 - 2 = 6 . #### 5", "3 + 4 = 8"),
+        ("3 + 4 = 7 . 7 - 2 = 4 . #### 5", "7 - 2 = 4"),
+        (" . . 3 + 4 = 7 .  7 - 2 = 4", "7 - 2 = 4"),
+        ("3 + 4 = 7 . #### 5", ""),  # one is missing
+        ("3 + 4 = 7 . 7 - 2 = 5 . 5 + 1 = 6 . #### 5", "5 + 1 = 6"),
+        ("3 - 2 = 1 . 1 + 4 = 5 . #### 5", "3 - 2 = 1"),
+        ("#### 5", ""),
+        ("", ""),
     ],
 )
-def test_is_sound(response, sound):
-    assert is_sound(STORY, response) is sound
+def test_first_bad_step(response, bad):
+    found = toy.first_bad_step(STORY, response)
+    assert (found and response[slice(*found)]) == bad
+    assert is_sound(STORY, response) is (bad is None)
+    if bad == "":
+        assert found[0] == len(response.split("####")[0])
 
 
 def test_demonstrations_follow_the_dials():

@@ -70,9 +70,10 @@ def test_a_toy_run_leaves_everything_it_promises(toy_run):
     one = rollouts[0]["rollouts"]
     assert len(one) == 4
     assert set(one[0]) == {
-        "text", "correct", "sound", "anchor", "contrastive_loss", "contrastive_reward", "reward", "advantage"
+        "text", "correct", "sound", "bad_step", "anchor", "positives", "contrastive_loss", "contrastive_reward",
+        "reward", "advantage",
     }  # fmt: skip
-    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "report.html").read_text().startswith("<!doctype html>")
     evaluation = json.loads((out / "evaluation.json").read_text())
     assert set(evaluation["trained"]) == set(toy.LEVELS)
 
@@ -137,6 +138,7 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, toy_run, numbe
     again = run("--resume", "--out", out, "--steps", steps + 1, "--test-stories", 10)
     assert again.returncode == 0, again.stderr
     assert len(lines(out / "metrics.jsonl")) == steps + 1
+    assert json.loads((out / "settings.json").read_text())["command"].endswith(f"--out {out} --steps {steps + 1}")
 
 
 def train_tokenizer(texts, chat_template=None):

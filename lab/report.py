@@ -1,0 +1,160 @@
+"""A page for a run: its curves, and what the contrastive reward paid to single rollouts.
+
+    python -m lab.report runs/toy                  writes runs/toy/report.html; also while the run goes on
+    python -m lab.report runs/toy runs/toy-grpo    two runs, one drawn over the other, into the first one's folder
+
+One file that opens from disk and asks nothing of a network. `train.py` writes it at the end of a run. The page itself
+is lab/report.html; what is filled in here is its data and a policy that lets no script run but the page's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import checkpoint
+from problems import UserError
+
+TEMPLATE = Path(__file__).with_name("report.html")
+BUDGET = 3_500_000  # characters of groups on a page: it stays well under 5 MB
+POINTS = 1000  # of a curve
+LONGEST = 6000  # characters of a response
+
+
+def read_run(folder: Path) -> dict:
+    """All that the page shows of a run. Raises UserError if the folder holds no run, or one without a step."""
+    try:
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        metrics, groups = (checkpoint.read_lines(folder / name) for name in ("metrics.jsonl", "rollouts.jsonl"))
+        config = settings.pop("config")
+    except OSError as reason:
+        raise UserError(
+            f"{folder} holds no run (no settings.json); expected the folder of a run of train.py"
+        ) from reason
+    except (ValueError, KeyError) as reason:
+        raise UserError(
+            f"{folder}: its settings or lines cannot be read ({reason}); expected what train.py wrote"
+        ) from reason
+    if not metrics:
+        raise UserError(f"{folder} has no finished step yet; expected one in metrics.jsonl")
+    return {
+        "name": folder.resolve().name,
+        "command": settings.pop("command", ""),
+        "settings": {**settings, **config},
+        "steps": config["steps"],
+        "done": metrics[-1]["step"],
+        "metrics": thinned([curve_point(row) for row in metrics], POINTS),
+        "groups": [{**group, "rollouts": [shortened(rollout) for rollout in group["rollouts"]]} for group in groups],
+    }
+
+
+def curve_point(row: dict) -> dict:
+    """A step's numbers, flat: the seconds of each phase beside the others."""
+    numbers = {name: value for name, value in row.items() if name != "seconds"} | row["seconds"]
+    return {**numbers, "warm": row["policy_loss"] is None}
+
+
+def shortened(rollout: dict) -> dict:
+    """A response of many pages keeps its beginning and its end."""
+    text, half = rollout["text"], LONGEST // 2
+    if len(text) <= LONGEST:
+        return rollout
+    cut = f"{text[:half]} [... {len(text) - LONGEST:,} characters left out ...] {text[-half:]}"
+    return {name: value for name, value in rollout.items() if name != "bad_step"} | {"text": cut}
+
+
+def thinned(rows: list, most: int) -> list:
+    """At most `most` of the rows, evenly spread, the first and the last among them.
+
+    >>> thinned([0, 1, 2, 3, 4, 5, 6], 4)
+    [0, 2, 4, 6]
+    """
+    if len(rows) <= most:
+        return rows
+    if most < 2:
+        return rows[-1:] * most
+    return [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
+
+
+def fit(run: dict, budget: int) -> None:
+    """Leave out steps of the group viewer, evenly, until the groups take at most `budget` characters."""
+    steps = sorted({group["step"] for group in run["groups"]})
+    size = {step: 0 for step in steps}
+    for group in run["groups"]:
+        size[group["step"]] += len(as_json(group))
+    kept = steps
+    while kept and sum(size[step] for step in kept) > budget:
+        kept = thinned(steps, len(kept) * 9 // 10)
+    left_out = len(steps) - len(kept)
+    run["groups"] = [group for group in run["groups"] if group["step"] in set(kept)]
+    run["note"] = f"{left_out} of {len(steps)} steps are left out here to keep the page small." if left_out else ""
+
+
+def as_json(value) -> str:
+    """JSON that can stand inside a page: five significant digits, null for what is no number, no "<" anywhere.
+
+    >>> as_json({"loss": float("nan"), "text": "</script>", "kl": 0.123456})
+    '{"loss":null,"text":"\\\\u003c/script>","kl":0.12346}'
+    """
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {name: plain(part) for name, part in value.items()}
+        if isinstance(value, list):
+            return [plain(part) for part in value]
+        if isinstance(value, float):
+            return float(f"{value:.5g}") if math.isfinite(value) else None
+        return value
+
+    return json.dumps(plain(value), separators=(",", ":")).replace("<", "\\u003c")
+
+
+def page(runs: Sequence[dict]) -> str:
+    """The whole page."""
+    text = TEMPLATE.read_text(encoding="utf-8")
+    for run in runs:
+        fit(run, BUDGET // len(runs))
+    script = text[text.index("<script>") + len("<script>") : text.rindex("</script>")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    text = text.replace("<!-- POLICY -->", f'<meta http-equiv="Content-Security-Policy" content="{policy}">')
+    return text.replace("<!-- DATA -->", f'<script type="application/json" id="data">{as_json(list(runs))}</script>')
+
+
+def write_report(folders: Sequence[Path]) -> Path:
+    """Write the page of one run, or of two, into the first one's folder. Raises UserError."""
+    file = folders[0] / "report.html"
+    text = page([read_run(folder) for folder in folders])
+    aside = file.with_name(file.name + ".new")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(file)
+    return file
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="one or two folders of runs of train.py")
+    given = parser.parse_args(arguments)
+    try:
+        if len(given.runs) > 2:
+            raise UserError(f"{len(given.runs)} runs are given; expected one or two")
+        print(write_report(given.runs))
+    except UserError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return 2
+    except OSError as reason:
+        print(f"error: {reason.filename}: {reason.strerror}; expected a folder that can be written", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

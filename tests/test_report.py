@@ -1,0 +1,401 @@
+"""A run's page: what is put into it, and what a reader sees and does, in a real browser."""
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import PROMPTS, ROOT, make_model
+
+import train
+from clipo import CLIPO, CLIPOConfig
+from lab import report
+from problems import Problem, UserError
+
+HOSTILE = "</script><img src=x onerror=\"window.hacked=1\"><!--<script>\u2028 & 'quoted' \U0001f600"
+
+
+def group(step, texts, question="What is 2 + 3?", **more):
+    """A row of rollouts.jsonl: all but the last are right, the second by wrong steps; rewards fall to the right."""
+    n = len(texts)
+    rollouts = [
+        {
+            "text": text, "correct": i < n - 1, "sound": i != 1, "bad_step": [0, 3] if i == 1 else None,
+            "anchor": i < n - 1, "positives": [j for j in range(n - 1) if j != i] if i < n - 1 else [],
+            "contrastive_loss": 0.5 + i, "contrastive_reward": 0.9 - i, "reward": 1.9 - i, "advantage": 1.0 - i,
+        }
+        for i, text in enumerate(texts)
+    ]  # fmt: skip
+    cosine = [[round(1 - abs(i - j) / n, 2) for j in range(n)] for i in range(n)]
+    return {"step": step, "question": question, "answer": "5", "all_positives": True, "rollouts": rollouts,
+            "cosine": cosine, **more}  # fmt: skip
+
+
+def metrics(step):
+    names = "accuracy process reward contrastive_reward contrastive_loss on_floor groups_without_contrast kl entropy"
+    numbers = {name: 0.1 * step for name in names.split()}
+    seconds = {"rollout": 1.0, "verify": 0.1, "contrast": 0.2, "update": 2.0}
+    return {
+        "step": step,
+        **numbers,
+        "policy_loss": None if step == 1 else 0.0,
+        "response_length": 9.0,
+        "seconds": seconds,
+    }
+
+
+def write_run(folder, groups, steps=3, **settings):
+    folder.mkdir(parents=True)
+    settings = {"model": "m", "data": "toy", "command": "python train.py", "config": {"steps": 9, **settings}}
+    (folder / "settings.json").write_text(json.dumps(settings))
+    for name, rows in (("metrics.jsonl", map(metrics, range(1, steps + 1))), ("rollouts.jsonl", groups)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def shown_data(file):
+    """What a page carries."""
+    text = file.read_text(encoding="utf-8")
+    return json.loads(text.split('id="data">')[1].split("</script>")[0])
+
+
+# ----------------------------------------------------------------------------------------------------
+# What a run keeps for its page
+# ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["infonce", "decoupled"])
+def test_logged_groups_hold_cosines_and_positives_of_the_step(kind):
+    from test_step import ANSWERS, TOKENIZER, even
+
+    model = make_model_that_ends()
+    config = CLIPOConfig(contrastive_kind=kind, head_warmup_steps=0, max_new_tokens=9, prompts_per_step=4, beta=0.0)
+    trainer = CLIPO(model, TOKENIZER, even, config)
+    trainer.step(PROMPTS, ANSWERS)
+    scored, G = trainer.last, config.samples_per_prompt
+    rows = list(train.logged_groups(1, [Problem("q", a) for a in ANSWERS], scored, None, 3))
+    assert len(rows) == 3 and scored.anchors.any()
+    for g, row in enumerate(rows):
+        z = scored.embedding[g * G : (g + 1) * G]
+        torch.testing.assert_close(torch.tensor(row["cosine"]), z @ z.T, atol=0.006, rtol=0)
+        for i, rollout in enumerate(row["rollouts"]):
+            b = g * G + i
+            others = [j for j in range(G) if j != i and scored.correct[g * G + j]] if scored.anchors[b] else []
+            if kind == "infonce" and others:
+                assert rollout["positives"] == [int(scored.positive[b]) - g * G] and rollout["positives"][0] in others
+            else:
+                assert rollout["positives"] == others
+        assert row["all_positives"] == (kind == "decoupled")
+
+
+def make_model_that_ends():
+    from conftest import CONFIGS
+
+    model = make_model(CONFIGS["qwen2"])
+    model.generation_config.eos_token_id = [1, 3, 17, 31]
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------
+# What goes into the page
+# ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [HOSTILE, [HOSTILE, {HOSTILE: None}], "\ud800", "<", 1.5, True, []])
+def test_json_in_a_page_says_the_same_and_cannot_end_its_element(value):
+    assert "<" not in report.as_json(value) and report.as_json(value).isascii()
+    assert json.loads(report.as_json(value)) == value
+
+
+def test_numbers_that_are_none_become_null():
+    assert report.as_json([float("nan"), float("inf"), 1 / 3]) == "[null,null,0.33333]"
+
+
+def test_a_long_run_stays_under_five_megabytes_with_its_first_and_last_step(tmp_path):
+    groups = [group(step, ["x" * 9000] * 8) for step in range(1, 301)]
+    run = write_run(tmp_path / "run", groups, steps=3000)
+    file = report.write_report([run, run])
+    assert 1e6 < file.stat().st_size < 5e6
+    (one, _) = shown_data(file)
+    kept = [g["step"] for g in one["groups"]]
+    assert (
+        kept[0] == 1
+        and kept[-1] == 300
+        and one["note"] == f"{300 - len(kept)} of 300 steps are left out here to keep the page small."
+    )
+    gaps = {b - a for a, b in itertools.pairwise(kept)}
+    assert max(gaps) - min(gaps) <= 1
+    assert len(one["metrics"]) == report.POINTS and one["metrics"][-1]["step"] == 3000
+    text = one["groups"][0]["rollouts"][0]["text"]
+    assert "[... 3,000 characters left out ...]" in text and len(text) < 6100
+
+
+def test_a_run_in_progress_is_shown_up_to_its_last_whole_line(tmp_path):
+    run = write_run(tmp_path / "run", [group(1, "ab"), group(2, "ab")])
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        with (run / name).open("a") as stream:
+            stream.write('{"step": 4, "half')
+    (one,) = shown_data(report.write_report([run]))
+    assert one["done"] == 3 and [g["step"] for g in one["groups"]] == [1, 2]
+
+
+def test_mistakes_get_one_line_and_status_2(tmp_path, capsys):
+    empty = write_run(tmp_path / "empty", [], steps=0)
+    broken = write_run(tmp_path / "broken", [])
+    (broken / "metrics.jsonl").write_text("no json\n")
+    for arguments, message in (
+        (["nowhere"], "nowhere holds no run (no settings.json)"),
+        ([empty], "has no finished step yet"),
+        ([broken], "cannot be read"),
+        (["a", "b", "c"], "3 runs are given; expected one or two"),
+    ):
+        assert report.main(list(map(str, arguments))) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
+    with pytest.raises(UserError):
+        report.read_run(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------
+# What a reader sees
+# ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("no Chromium here (Debian: apt install chromium)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """Open a file at a width; at the end of the test: nothing was complained of, nothing asked of a network."""
+    complaints, pages = [], []
+
+    def open_at(file, width=1400):
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        pages.append(page)
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", lambda dialog: complaints.append("a dialog"))
+        page.on("request", lambda request: request.url.startswith("file://") or complaints.append(request.url))
+        page.goto(file.resolve().as_uri())
+        return page
+
+    yield open_at
+    for page in pages:
+        page.close()
+    assert complaints == []
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    groups = [
+        group(step, [f"{step}.{g}.{i}" for i in "abcd"], f"Question {step}.{g}") for step in (1, 2, 3) for g in (0, 1)
+    ]
+    folder = write_run(tmp_path_factory.mktemp("report") / "toy", groups, weight=1.0)
+    report.write_report([folder])
+    return folder
+
+
+def texts(page):
+    return page.locator(".card .text").all_inner_texts()
+
+
+def test_slider_and_choice_of_group_change_what_is_shown(open_page, run):
+    page = open_page(run / "report.html")
+    assert page.title() == "CLIPO: toy" and "toy: 3 of 9 steps" in page.locator("#about").inner_text()
+    assert page.locator("#step-number").inner_text() == "3 of 9"
+    assert texts(page) == ["3.0.a", "3.0.b", "3.0.c", "3.0.d"]
+    page.locator("#step").fill("0")
+    assert page.locator("#step-number").inner_text() == "1 of 9"
+    assert texts(page)[0] == "1.0.a" and "Question 1.0" in page.locator("#question").inner_text()
+    assert page.locator(".panel .now").first.inner_text() == "0.1"
+    page.locator("#group").select_option("1")
+    assert texts(page)[0] == "1.1.a" and "Expected answer: 5" in page.locator("#question").inner_text()
+    page.locator("#step").fill("1")
+    assert texts(page)[0] == "2.1.a"  # the group stays chosen
+
+
+def test_a_card_carries_its_verdict_its_wrong_step_and_its_numbers(open_page, run):
+    page = open_page(run / "report.html")
+    words = page.locator(".verdict").all_inner_texts()
+    assert words == ["● right, sound", "▲ right by wrong steps", "● right, sound", "✕ wrong"]
+    assert page.locator("mark").all_inner_texts() == ["3.0"]  # characters 0 to 3 of the second
+    values = page.locator(".card .values").all_inner_texts()
+    assert values[0].split() == "r 1 L 0.5 rc +0.90 R 1.90 A +1.00".split()
+    assert values[3].split() == "r 0 L – rc – R -1.10 A -2.00".split()
+
+
+def test_cards_are_sorted_by_reward_and_so_are_the_rows_of_the_map(open_page, tmp_path):
+    one = group(1, "abcd")
+    for rollout, reward in zip(one["rollouts"], (0.1, 0.4, 0.3, 0.2), strict=True):
+        rollout["reward"] = reward
+    page = open_page(report.write_report([write_run(tmp_path / "run", [one])]))
+    assert texts(page) == list("bcda")
+    row = page.evaluate("[...document.getElementById('map').getContext('2d').getImageData(0, 0, 4, 1).data]")
+    purple = [row[4 * j] for j in range(4)]  # the less red, the higher the cosine: b to b, c, d, a is 1, .75, .5, .75
+    assert purple[0] < purple[1] == purple[3] < purple[2]
+
+
+def framed(page):
+    """The framed row of the map, and the columns framed in it."""
+    cell = page.evaluate("document.getElementById('map').clientWidth / document.getElementById('map').width")
+    left = page.evaluate("document.getElementById('map').offsetLeft")
+    row = float(page.locator("#over rect.row").get_attribute("y")) / cell
+    columns = [(float(r.get_attribute("x")) - left) / cell for r in page.locator("#over rect.positive").all()]
+    return round(row), [int(c) for c in columns]
+
+
+def test_pointing_at_a_card_lights_up_its_row_and_its_positives(open_page, run):
+    page = open_page(run / "report.html")
+    for i, positives in enumerate(([1, 2], [0, 2], [0, 1], [])):
+        page.locator(".card").nth(i).hover()
+        assert framed(page) == (i, positives)
+        lit = page.locator(".card").evaluate_all("cards => cards.map(c => [...c.classList])")
+        assert [j for j in range(4) if "active" in lit[j]] == [i]
+        assert [j for j in range(4) if "positive" in lit[j]] == positives
+    assert "no anchor" in page.locator("#reading").inner_text()
+    page.locator(".card").nth(0).hover()
+    assert page.locator(".card .cosine").all_inner_texts() == [
+        "", "its positive, cosine 0.75", "its positive, cosine 0.50", "cosine 0.25"
+    ]  # fmt: skip
+
+
+def test_pointing_at_the_map_reads_a_cosine(open_page, run):
+    page = open_page(run / "report.html")
+    side = page.locator("#map").bounding_box()["width"]
+    page.locator("#map").hover(position={"x": side * 0.9, "y": side * 0.3})
+    assert page.locator("#reading").inner_text() == "Number 2 and number 4: cosine 0.50."
+    assert framed(page)[0] == 1
+
+
+def test_it_works_by_keyboard_alone(open_page, run):
+    page = open_page(run / "report.html")
+    page.keyboard.press("Tab")  # one run: the first control is the slider
+    assert page.evaluate("document.activeElement.id") == "step"
+    page.keyboard.press("ArrowLeft")
+    assert page.locator("#step-number").inner_text() == "2 of 9"
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowDown")  # the group
+    assert texts(page)[0] == "2.1.a"
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    assert framed(page)[0] == 2
+    assert page.locator("[aria-selected=true]").count() == 1
+    page.keyboard.press("End")
+    page.keyboard.press("ArrowDown")  # there is none below
+    assert framed(page)[0] == 3
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+
+
+def test_a_click_on_a_curve_chooses_its_step(open_page, run):
+    page = open_page(run / "report.html")
+    box = page.locator(".panel svg").first.bounding_box()
+    page.locator(".panel svg").first.click(position={"x": box["width"] * 0.15, "y": box["height"] / 2})
+    assert page.locator("#step-number").inner_text() == "1 of 9"
+
+
+def test_two_runs_are_overlaid_and_can_be_told_apart_without_colour(open_page, run, tmp_path):
+    other = write_run(tmp_path / "toy-grpo", [group(2, "xyz")], weight=0.0)
+    shutil.copytree(run, tmp_path / "toy")
+    page = open_page(report.write_report([tmp_path / "toy", other]))
+    paths = page.locator(".panel").first.locator("path")
+    assert paths.count() == 2
+    dashes = [paths.nth(i).get_attribute("stroke-dasharray") for i in range(2)]
+    assert dashes[0] != dashes[1]
+    page.locator("#run").select_option("1")
+    assert texts(page) == ["x", "y", "z"]
+    assert "weight (differs)" in page.locator("tr.differs").inner_text()
+
+
+def test_hostile_text_stays_text(open_page, tmp_path):
+    name = "<img src=x onerror=hacked=1>"
+    folder = write_run(tmp_path / name, [group(1, [HOSTILE] * 3, HOSTILE, answer=HOSTILE)], note=HOSTILE)
+    page = open_page(report.write_report([folder]))
+    assert page.locator("img").count() == 0 and page.evaluate("window.hacked") is None
+    assert page.locator(".card .text").first.evaluate("e => e.textContent") == HOSTILE
+    assert HOSTILE in page.locator("#question").evaluate("e => e.textContent")
+    assert page.title() == f"CLIPO: {name}"
+
+
+def test_the_policy_stops_a_script_that_is_not_the_pages_own(browser, tmp_path):
+    """Should text ever get through as markup: it would not run."""
+    file = report.write_report([write_run(tmp_path / "run", [group(1, "abc")])])
+    hostile = tmp_path / "hostile.html"
+    hostile.write_text(
+        file.read_text().replace("</main>", "</main><script>window.hacked=1</script><img src=x onerror=hacked=1>")
+    )
+    page = browser.new_page()
+    page.goto(hostile.as_uri())
+    assert page.locator(".card").count() == 3 and page.evaluate("window.hacked") is None
+    page.close()
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_nothing_sticks_out_at_the_side(open_page, width, tmp_path):
+    long = group(2, ["word " * 300, "x" * 3000, "b", "c"], "q" * 400)
+    page = open_page(report.write_report([write_run(tmp_path / ("run" * 20), [group(1, "abcd"), long])]), width)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for selector in (".card", "#map", ".panel", "#step", "#question"):
+        box = page.locator(selector).first.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= width
+    cards, map_ = page.locator("#cards").bounding_box(), page.locator("#map").bounding_box()
+    assert (map_["x"] > cards["x"] + cards["width"]) == (width == 1400)  # beside the cards, or above them
+
+
+def test_every_text_has_contrast_enough(open_page, run):
+    """WCAG 2.2, 1.4.3: 4.5 to 1 against what is behind it."""
+    page = open_page(run / "report.html")
+    pairs = page.evaluate("""() => [...document.querySelectorAll("main *")]
+        .filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim()) && e.getClientRects().length)
+        .map(e => {
+          const behind = x => getComputedStyle(x).backgroundColor, clear = "rgba(0, 0, 0, 0)";
+          let under = e;
+          while (under && behind(under) === clear) under = under.parentElement;
+          const style = getComputedStyle(e), ink = e instanceof SVGElement ? style.fill : style.color;
+          return [ink, under ? behind(under) : "rgb(255, 255, 255)", e.textContent];
+        })""")
+    assert len(pairs) > 50
+
+    def luminance(css):
+        channels = [int(c) / 255 for c in css[4:-1].split(",")]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    for text, behind, what in pairs:
+        light, dark = sorted((luminance(text), luminance(behind)), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, (what, text, behind)
+
+
+def test_a_run_without_kept_groups_says_so(open_page, tmp_path):
+    page = open_page(report.write_report([write_run(tmp_path / "run", [])]))
+    assert "No group of this run was kept" in page.locator("#missing").inner_text()
+    assert not page.locator("#cards").is_visible() and page.locator(".panel").count() > 5
+
+
+def test_the_page_of_a_real_run_opens(open_page, tmp_path):
+    options = "--warm-start-batches 30 --prompts-per-step 2 --samples-per-prompt 4 --head-warmup-steps 1 --steps 3"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *options.split(), "--test-stories", "5", "--out", tmp_path / "run"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    page = open_page(tmp_path / "run" / "report.html")
+    assert page.locator(".card").count() == 4
+    kept = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    last = next(row for row in kept if row["step"] == 3)
+    shown = page.locator(".card .text").evaluate_all("cards => cards.map(c => c.textContent)")
+    by_reward = sorted(last["rollouts"], key=lambda rollout: -rollout["reward"])
+    assert [s.replace("⟨a step is missing here⟩", "") for s in shown] == [rollout["text"] for rollout in by_reward]
+    assert options in page.locator("#commands").inner_text()
