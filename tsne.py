@@ -2,6 +2,7 @@
 
     python tsne.py runs/toy-grpo runs/toy               the toy world: before training, after GRPO, after CLIPO
     python tsne.py runs/toy --questions 6 --samples 32
+    python tsne.py Qwen/Qwen2.5-0.5B-Instruct --data gsm8k    any model; one that train.py did not make has no head
     python tsne.py --redraw runs/toy/tsne.npz           the same picture again, without a model
 
 The first panels show the model that the first run began with. A t-SNE picture alone proves nothing: it shows clusters
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
@@ -79,17 +81,27 @@ def purity(points: np.ndarray, right: np.ndarray, question: np.ndarray, neighbou
 # ----------------------------------------------------------------------------------------------------
 
 
-def load_head(run: Path, device: torch.device) -> tuple[clipo.ContrastiveHead, bool]:
-    """A run's contrastive head, and whether it is given hidden states less their group's mean. Raises UserError."""
+def settings_of(model: str) -> dict | None:
+    """What a run of train.py was begun with; None for a model that is no such run. Raises UserError."""
+    file = Path(model) / "settings.json"
+    if not file.is_file():
+        return None
     try:
-        config = json.loads((run / "settings.json").read_text(encoding="utf-8"))["config"]
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as reason:
+        raise UserError(f"{file} cannot be read ({reason}); expected what train.py wrote") from reason
+
+
+def load_head(run: Path, config: dict, device: torch.device) -> clipo.ContrastiveHead:
+    """A run's contrastive head. Raises UserError."""
+    try:
         weights = load_file(run / "head.safetensors", device=str(device))
-    except (OSError, KeyError, ValueError) as reason:
-        raise UserError(f"{run} has no contrastive head; expected the folder of a run of train.py") from reason
+    except (OSError, SafetensorError) as reason:
+        raise UserError(f"{run} has no contrastive head; expected a run of train.py that has saved one") from reason
     d_model = next(iter(weights.values())).shape[1]  # of the first layer
     head = clipo.ContrastiveHead(d_model, config["d_embed"], config["head_mlp"]).to(device)
     head.load_state_dict(weights)
-    return head, config["center_hidden"]
+    return head
 
 
 @torch.no_grad()
@@ -115,19 +127,19 @@ def embed(model, tokenizer, problems: Sequence[Problem], samples: int, max_new_t
     return found
 
 
-def panels(runs: Sequence[Path], problems: Sequence[Problem], given: argparse.Namespace) -> dict[str, dict]:
-    """For the model before training and for each run: {name: {"hidden" or "z", "right", "question", "sound"}}."""
-    device = checkpoint.device_from(given.device)
-    start = json.loads((runs[0] / "settings.json").read_text(encoding="utf-8"))["model"]
-    found = {}
-    for name, folder in [("before", start), *((run.name, str(run)) for run in runs)]:
-        model, tokenizer = checkpoint.load_model(folder, device)
+def panels(models: Sequence[str], problems: Sequence[Problem], given: argparse.Namespace) -> dict[str, dict]:
+    """{name: {"hidden" or "z", "right", "question", "sound"}} of each model, before them the first run's start."""
+    device, found = checkpoint.device_from(given.device), {}
+    first = settings_of(models[0])
+    for name, source in [*([("before", first["model"])] if first else []), *((Path(m).name, m) for m in models)]:
+        model, tokenizer = checkpoint.load_model(source, device)
         one = embed(model, tokenizer, problems, given.samples, given.max_new_tokens, given.seed)
-        if name != "before":
-            head, centred = load_head(Path(folder), device)
-            hidden = one["hidden"]
+        if name != "before" and (settings := settings_of(source)):
+            head, hidden = load_head(Path(source), settings["config"], device), one["hidden"]
+            if settings["config"]["center_hidden"]:
+                hidden = hidden - clipo.group_mean(hidden, one["question"])
             with torch.no_grad():
-                one["z"] = head(hidden - clipo.group_mean(hidden, one["question"]) if centred else hidden)
+                one["z"] = head(hidden)
         found[name] = {kind: values.cpu().numpy() for kind, values in one.items()}
     return found
 
@@ -136,6 +148,10 @@ def panels(runs: Sequence[Path], problems: Sequence[Problem], given: argparse.Na
 # The picture
 # ----------------------------------------------------------------------------------------------------
 
+CAPTION = (
+    "A t-SNE picture alone proves nothing. Silhouette (right against wrong, within a question) and purity (10 nearest "
+    "neighbours)\nare computed in the original space, with cosine distance."
+)
 SPACES = {"hidden": "mean hidden state h", "z": "the head's embedding z"}
 
 
@@ -181,7 +197,7 @@ def draw(found: dict[str, dict], file: Path, *, perplexity: float, seed: int, by
         for axis, (name, one) in zip(row, found.items(), strict=True):
             axis.set(xticks=[], yticks=[], title=f"{name}: {title}")
             if space not in one:
-                axis.text(0.5, 0.5, "no head yet", ha="center", transform=axis.transAxes)
+                axis.text(0.5, 0.5, "no head", ha="center", transform=axis.transAxes)
                 continue
             xy, right, question = flat(one[space], perplexity, seed), one["right"], one["question"]
             sound = one.get("sound", np.ones_like(right))
@@ -201,6 +217,7 @@ def draw(found: dict[str, dict], file: Path, *, perplexity: float, seed: int, by
                     axis.scatter(*xy[here].T, s=18, marker=marker, label=label, alpha=0.8, **colours)
             caption = captions[name, space]
             axis.set_xlabel("silhouette {silhouette}, purity {purity}; {right} right".format(**caption))
+    figure.suptitle(CAPTION, fontsize=10)
     handles = {
         label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
@@ -237,15 +254,15 @@ def load_points(file: Path) -> dict[str, dict]:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs of train.py")
+    p.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs of train.py, or any causal LM")
     p.add_argument("--redraw", type=Path, metavar="FILE", help="a tsne.npz: draw it again")
-    p.add_argument("--data", help="gsm8k, math, ... or a file (default: the first run's; the toy world's P1)")
+    p.add_argument("--data", help="toy (its P1), gsm8k, math, ... or a file (default: the first run's, else gsm8k)")
     p.add_argument("--questions", type=int, default=8, metavar="N", help="(default: 8)")
     p.add_argument("--samples", type=int, default=24, metavar="N", help="rollouts of each (default: 24)")
-    p.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="(default: 48)")
+    p.add_argument("--max-new-tokens", type=int, metavar="N", help="(default: 48 on the toy world, else 512)")
     p.add_argument("--perplexity", type=float, default=20, help="of t-SNE (default: 20)")
     p.add_argument("--seed", type=int, default=0, help="of the rollouts and of t-SNE (default: 0)")
-    p.add_argument("--out", type=Path, metavar="FOLDER", help="(default: the last run's)")
+    p.add_argument("--out", type=Path, metavar="FOLDER", help="(default: the last run's, else this one)")
     p.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     return p
 
@@ -253,27 +270,27 @@ def parser() -> argparse.ArgumentParser:
 def run(given: argparse.Namespace) -> None:
     """Sample, embed, save, draw. Raises UserError."""
     for option in ("questions", "samples", "max_new_tokens", "perplexity"):
-        if getattr(given, option) < 1:
-            raise UserError(f"--{option.replace('_', '-')} is {getattr(given, option)}; expected 1 or more")
+        if (value := getattr(given, option)) is not None and value < 1:
+            raise UserError(f"--{option.replace('_', '-')} is {value}; expected 1 or more")
     if bool(given.runs) == bool(given.redraw):
-        raise UserError("expected either folders of runs or --redraw with a tsne.npz")
+        raise UserError("expected either runs (or models) or --redraw with a tsne.npz")
     if given.redraw:
         points, out = given.redraw, given.out or given.redraw.parent
         out.mkdir(parents=True, exist_ok=True)
     else:
-        for folder in given.runs:
-            if not (folder / "settings.json").is_file():
-                raise UserError(f"{folder} has no settings.json; expected the folder of a run of train.py")
-        settings = json.loads((given.runs[0] / "settings.json").read_text(encoding="utf-8"))
+        settings = settings_of(given.runs[0]) or {"data": "gsm8k"}
         data = given.data or settings["data"]
+        given.max_new_tokens = given.max_new_tokens or (48 if data == "toy" else 512)
         if data == "toy":  # stories on which the friend is right about two times in three
             problems = toy.stories(f"t-SNE {given.seed}", toy.LEVELS["P1"], given.questions)
         else:
             problems = load_problems(data)[: given.questions]
-        out = given.out or given.runs[-1]
+        last = Path(given.runs[-1])
+        out = given.out or (last if last.is_dir() else Path())
+        found = panels(given.runs, problems, given)
         out.mkdir(parents=True, exist_ok=True)
         points = out / "tsne.npz"
-        save_points(panels(given.runs, problems, given), points)
+        save_points(found, points)
     found = load_points(points)  # also what was just made: it is rounded, and --redraw shall give the same picture
     for name, by_question in (("tsne.png", False), ("tsne-questions.png", True)):
         draw(found, out / name, perplexity=given.perplexity, seed=given.seed, by_question=by_question)

@@ -88,8 +88,8 @@ def test_pictures_of_a_real_run_and_the_same_again_without_a_model(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "expected either folders of runs or --redraw"),
-        (["/nowhere"], "/nowhere has no settings.json; expected the folder of a run"),
+        ([], "expected either runs (or models) or --redraw"),
+        (["/nowhere", "--data", "toy"], "model /nowhere could not be opened"),
         (["--redraw", "/nowhere.npz"], "/nowhere.npz cannot be read; expected a tsne.npz"),
         (["/nowhere", "--questions", "0"], "--questions is 0; expected 1 or more"),
     ],
