@@ -5,6 +5,7 @@ OUT/                          the newest model: config.json, model.safetensors, 
     settings.json             everything that was chosen, to run it again
     metrics.jsonl             a line per step
     rollouts.jsonl            some groups of each step
+    report.html               a page that shows them
     checkpoints/step-000060/  complete training states, the last two: model, tokenizer, head, trainer.pt
 """
 
