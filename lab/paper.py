@@ -235,10 +235,14 @@ def interval(values: Sequence[float]) -> str:
     return f"{mean:+.0f}" + ("" if len(values) < 2 else f" [{low:.0f}, {high:.0f}]")
 
 
-def over_history(lines: Sequence[dict], name: str) -> str:
-    """Mean over runs of the mean over steps of something that each step measured."""
+def over_history(lines: Sequence[dict], name: str) -> float:
+    """Mean over runs of the mean over steps of something that each step measured; not a number if none did."""
     means = [np.mean(known) for line in lines if (known := [v for v in line["history"][name] if v is not None])]
-    return f"{np.mean(means):.2f}" if means else ""
+    return float(np.mean(means)) if means else float("nan")
+
+
+def decimal(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.2f}"
 
 
 def comparison(arms: dict[str, Arm], lines: Lines) -> str:
@@ -260,9 +264,9 @@ def comparison(arms: dict[str, Arm], lines: Lines) -> str:
             "P2 process": percent(shares(lines[arm], "P2", "process")),
             "P2 answers, difference": interval(differences(lines, arm, spec.against, "P2", "answer")) if paired else "",
             "to": spec.against if paired else "",
-            "gap": over_history(lines[arm], "gap") if pays else "",
-            "on floor": over_history(lines[arm], "on_floor") if pays else "",
-            "no contrast": over_history(lines[arm], "groups_without_contrast") if pays else "",
+            "gap": decimal(over_history(lines[arm], "gap")) if pays else "",
+            "on floor": decimal(over_history(lines[arm], "on_floor")) if pays else "",
+            "no contrast": decimal(over_history(lines[arm], "groups_without_contrast")) if pays else "",
         })  # fmt: skip
     return markdown(rows)
 
@@ -422,23 +426,27 @@ def temperature_figure(lines: Lines, file: Path) -> None:
 
 
 def phase_figure(lines: Lines, file: Path) -> None:
-    """Process on P2 over the world's two dials: GRPO, CLIPO, and their difference."""
-    cells = np.array([
-        [[np.mean(shares(lines[f"{name}, sound {s}, friend {f}"], "P2", "process")) for f in FRIEND] for s in SOUND]
-        for name in ("GRPO", "CLIPO")
-    ])  # fmt: skip
-    figure, axes = plot().subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    titles = ("GRPO", "CLIPO", "CLIPO minus GRPO")
-    for axis, title, values in zip(axes, titles, [*cells, cells[1] - cells[0]], strict=True):
-        low, colours = (-1, "PuOr") if "minus" in title else (0, "Greys")
+    """Process on P2 over the world's two dials: GRPO, CLIPO, and their difference, with what was paid for soundness."""
+
+    def cells(name: str, measure: Callable[[Sequence[dict]], float]) -> np.ndarray:
+        return np.array([[measure(lines[f"{name}, sound {s}, friend {f}"]) for f in FRIEND] for s in SOUND])
+
+    grpo, ours = (cells(name, lambda runs: np.mean(shares(runs, "P2", "process"))) for name in ("GRPO", "CLIPO"))
+    paid = cells("CLIPO", lambda runs: over_history(runs, "gap"))
+    figure, axes = plot().subplots(1, 3, figsize=(13, 4.4), layout="constrained")
+    for axis, title, values in zip(axes, ("GRPO", "CLIPO", "CLIPO minus GRPO"), (grpo, ours, ours - grpo), strict=True):
+        compares = values is not grpo and values is not ours
+        low, colours = (-1, "PuOr") if compares else (0, "Greys")
         axis.imshow(values, vmin=low, vmax=1, cmap=colours, origin="lower", aspect="auto")
         for (i, j), value in np.ndenumerate(values):
-            dark = value > 0.6 or value < -0.6
-            axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color="white" if dark else "black")
+            words = f"{100 * value:+.0f}\npaid {paid[i, j]:+.1f}" if compares else f"{100 * value:.0f}"
+            axis.text(j, i, words, ha="center", va="center", color="white" if abs(value) > 0.6 else "black")
         axis.set(title=f"Sound on P2, percent: {title}", xlabel="how often the friend is right in training",
                  ylabel="share of sound demonstrations")  # fmt: skip
         axis.set_xticks(range(len(FRIEND)), FRIEND)
         axis.set_yticks(range(len(SOUND)), SOUND)
+    figure.supxlabel("paid: contrastive reward of sound minus unsound right answers of a group, in standard deviations "
+                     "of its rewards, mean over training", fontsize=9)  # fmt: skip
     save(figure, file)
 
 
