@@ -6,18 +6,22 @@ OUT/                          the newest model: config.json, model.safetensors, 
     metrics.jsonl             a line per step
     rollouts.jsonl            some groups of each step
     report.html               a page that shows them
-    checkpoints/step-000060/  complete training states, the last two: model, tokenizer, head, trainer.pt
+    checkpoints/step-000060/  complete training states, the last two: model, tokenizer, head, optimisers, checksums
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -25,6 +29,7 @@ from clipo import CLIPO
 from problems import UserError
 
 KEPT = 2  # checkpoints
+SEAL = "state.json"  # of a checkpoint: its step, and the checksums of its other files
 
 
 def device_from(name: str | None) -> torch.device:
@@ -46,7 +51,7 @@ def load_tokenizer(source: str):
     """
     declared = get_tokenizer_config(source).get("tokenizer_class")
     generic = declared in ("PreTrainedTokenizerFast", "TokenizersBackend")
-    return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(source)
+    return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(source, trust_remote_code=False)
 
 
 def load_model(source: str, device: str | torch.device):
@@ -55,7 +60,9 @@ def load_model(source: str, device: str | torch.device):
         raise UserError(f"model {source} has no config.json; expected a folder that save_pretrained wrote")
     try:
         tokenizer = load_tokenizer(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as reason:
         first_line = (str(reason).splitlines() or [""])[0]
         raise UserError(
@@ -71,32 +78,80 @@ def load_model(source: str, device: str | torch.device):
     return model.to(device).eval(), tokenizer
 
 
+# ----------------------------------------------------------------------------------------------------
+# Training states. A pulled plug costs the steps since the last one, no more: each is written aside, flushed to the
+# disk, sealed with the checksums of its files, and renamed when whole.
+# ----------------------------------------------------------------------------------------------------
+
+
 def save(trainer: CLIPO, out: Path) -> Path:
     """Write a complete training state into `out`/checkpoints and publish its model in `out`; returns its folder.
 
-    It is written aside and renamed when whole, so that a folder called step-N is always complete.
+    Raises OSError, with everything that was saved before still there.
     """
     folder = out / "checkpoints" / f"step-{trainer.steps_done:06d}"
+    for leftover in folder.parent.glob("*.*"):  # of a save that was cut short
+        shutil.rmtree(leftover)
     aside = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    trainer.policy.save_pretrained(aside)
-    trainer.tokenizer.save_pretrained(aside)
-    save_file(trainer.head.state_dict(), aside / "head.safetensors")
-    optimizers = {"policy": trainer.policy_optimizer.state_dict(), "head": trainer.head_optimizer.state_dict()}
-    torch.save({"steps_done": trainer.steps_done, **optimizers}, aside / "trainer.pt")
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        trainer.policy.save_pretrained(aside)
+        trainer.tokenizer.save_pretrained(aside)
+        save_file(trainer.head.state_dict(), aside / "head.safetensors")
+        save_file(optimizer_tensors(trainer), aside / "optimizers.safetensors")
+    except SafetensorError as reason:  # what it makes of a full disk
+        raise OSError(None, str(reason), str(aside)) from reason
+    for log in ("metrics.jsonl", "rollouts.jsonl"):  # the lines that belong to this state, before the state itself
+        if (out / log).exists():
+            flush(out / log)
+    files = {str(file.relative_to(aside)): checksum(file) for file in sorted(aside.rglob("*")) if file.is_file()}
+    write_text(aside / SEAL, json.dumps({"steps_done": trainer.steps_done, "sha256": files}, indent=1))
+    for file in files:
+        flush(aside / file)
+    flush(aside)
+    remove(folder)
     aside.rename(folder)
+    flush(folder.parent)
     publish(folder, out)
     for old in checkpoints(out)[:-KEPT]:
-        shutil.rmtree(old)
+        remove(old)
     return folder
+
+
+def optimizer_tensors(trainer: CLIPO) -> dict[str, Tensor]:
+    """The moments and step counts of both optimisers by name, "policy/7/exp_avg" say."""
+    return {
+        f"{name}/{i}/{kind}": value.contiguous()
+        for name, optimizer in (("policy", trainer.policy_optimizer), ("head", trainer.head_optimizer))
+        for i, moments in optimizer.state_dict()["state"].items()
+        for kind, value in moments.items()
+    }
+
+
+def checksum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or which files a folder has, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(folder: Path) -> None:
+    """Take a folder away; cut short half-way, it no longer has the name of a checkpoint."""
+    if folder.exists():
+        shutil.rmtree(folder.rename(folder.with_name(folder.name + ".removing")))
 
 
 def publish(folder: Path, out: Path) -> None:
     """Let `out` itself open with from_pretrained: hard links to the checkpoint's files, which cost no space."""
     for file in folder.iterdir():
-        if file.name == "trainer.pt":
+        if file.name in (SEAL, "optimizers.safetensors"):
             continue
         link = out / (file.name + ".new")
         link.unlink(missing_ok=True)
@@ -108,20 +163,75 @@ def publish(folder: Path, out: Path) -> None:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(f for f in (out / "checkpoints").glob("step-*") if f.is_dir() and f.suffix != ".writing")
+    """The checkpoints of a run, oldest first."""
+    return sorted(f for f in (out / "checkpoints").glob("step-*") if f.is_dir() and not f.suffix)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint: a file that is missing, or is not what was written. None if it is whole."""
+    try:
+        seal = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        for name, expected in seal["sha256"].items():
+            if checksum(folder / name) != expected:
+                return f"{name} is damaged"
+    except FileNotFoundError as reason:
+        return f"{Path(reason.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
+        return f"{SEAL} cannot be read ({reason})"
+    return None
+
+
+def newest_whole(out: Path) -> Path | None:
+    """The newest checkpoint that is as it was written; damaged ones are named. None if the run has saved none yet.
+
+    Raises UserError if it has saved some and all are damaged.
+    """
+    found = checkpoints(out)
+    for folder in reversed(found):
+        if (wrong := damage(folder)) is None:
+            return folder
+        print(f"{folder}: {wrong}; the one before it is used", file=sys.stderr)
+    if found:
+        raise UserError(f"{out}: all of its {len(found)} checkpoints are damaged; expected a whole one to go on from")
+    return None
 
 
 def resume(trainer: CLIPO, folder: Path) -> None:
     """Bring a freshly made trainer (of the run's first model and settings) to the state in `folder`."""
-    device = trainer.policy.device
-    weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
-    trainer.policy.load_state_dict(weights)
-    trainer.head.load_state_dict(load_file(folder / "head.safetensors", device=str(device)))
-    state = torch.load(folder / "trainer.pt", map_location=device, weights_only=True)
-    trainer.policy_optimizer.load_state_dict(state["policy"])
-    trainer.head_optimizer.load_state_dict(state["head"])
-    trainer.steps_done = state["steps_done"]
+    model, _ = load_model(str(folder), trainer.policy.device)
+    trainer.policy.load_state_dict(model.state_dict())
+    device = str(trainer.policy.device)
+    trainer.head.load_state_dict(load_file(folder / "head.safetensors", device=device))
+    moments: dict[str, dict[int, dict[str, Tensor]]] = {"policy": {}, "head": {}}
+    for key, value in load_file(folder / "optimizers.safetensors", device=device).items():
+        name, i, kind = key.split("/")
+        moments[name].setdefault(int(i), {})[kind] = value
+    for name, optimizer in (("policy", trainer.policy_optimizer), ("head", trainer.head_optimizer)):
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments[name]})
+    trainer.steps_done = json.loads((folder / SEAL).read_text(encoding="utf-8"))["steps_done"]
+
+
+def refuse_links(out: Path) -> None:
+    """A run's folder from elsewhere could make a resumed run write through a link. Raises UserError."""
+    for path in out.rglob("*"):
+        if path.is_symlink():
+            raise UserError(f"{path} is a link to {os.readlink(path)}; expected a run's folder without links")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------
+
+
+def write_text(file: Path, text: str) -> None:
+    """Put a text in place of a file, at once and for good; what the old name also pointed to is left alone."""
+    aside = file.with_name(file.name + ".new")
+    aside.unlink(missing_ok=True)
+    with aside.open("x", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.replace(file)
 
 
 def append_line(file: Path, row: dict) -> None:
@@ -131,18 +241,40 @@ def append_line(file: Path, row: dict) -> None:
 
 
 def read_lines(file: Path) -> list[dict]:
-    """All whole lines of a JSONL file ([] where there is none); one that a kill cut short is skipped."""
-    whole = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
-    return [json.loads(line) for line in whole]
+    """All whole lines of a JSONL file ([] where there is none); one that a kill cut short is skipped.
+
+    Raises ValueError for a line that is no JSON, by its number.
+    """
+    rows = []
+    for number, line in enumerate(whole_lines(file), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as reason:
+            raise ValueError(f"{file}, line {number} is no JSON ({reason})") from reason
+    return rows
+
+
+def whole_lines(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if file.exists() else []
 
 
 def write_lines(file: Path, rows: list[dict]) -> None:
     """Put these rows in place of a JSONL file, at once."""
-    aside = file.with_name(file.name + ".new")
-    aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    aside.replace(file)
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def keep_until(file: Path, step: int) -> None:
-    """Drop the lines of later steps, which a resumed run will write again."""
-    write_lines(file, [row for row in read_lines(file) if row["step"] <= step])
+    """Drop the lines of later steps, which a resumed run will write again.
+
+    Those up to `step` were on the disk before its checkpoint was; what stands behind them may be anything.
+    """
+    kept = []
+    for line in whole_lines(file):
+        try:
+            row = json.loads(line)
+            if row["step"] > step:
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        kept.append(row)
+    write_lines(file, kept)

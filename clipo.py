@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -377,6 +377,7 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_
         cdf = truncate(logprobs.exp(), top_k, top_p).cumsum(-1)  # (B, V)
         threshold = uniform * cdf[:, -1]  # below the total, as uniform < 1
         chosen = torch.searchsorted(cdf, threshold[:, None], right=True)[:, 0]
+        chosen = chosen.clamp(max=logits.shape[-1] - 1)  # of NaN, none exceeds: its log-prob, NaN, shall tell, no crash
     return chosen, logprobs.gather(-1, chosen[:, None])[:, 0]
 
 
@@ -1211,6 +1212,29 @@ class Scored:
     origin: list[int]  # (P,) which prompt each group answers, counting the given ones and then the fresh ones drawn
 
 
+class BrokenNumbers(ArithmeticError):
+    """A number of this `phase` of a step is NaN or infinite. No weight has seen it."""
+
+    def __init__(self, phase: str):
+        super().__init__(f"a number of the phase {phase!r} is NaN or infinite")
+        self.phase = phase
+
+
+def require_finite(phase: str, *values: Tensor) -> None:
+    """Raise BrokenNumbers if one is NaN or infinite."""
+    if not all(value.isfinite().all() for value in values):
+        raise BrokenNumbers(phase)
+
+
+class OutOfMemory(RuntimeError):
+    """Even the least at a time does not fit in memory."""
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Is it this that went wrong? (torch has a class for it on a GPU only.)"""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def spread_within_groups(reward: Tensor, anchors: Tensor, group: Tensor) -> float | None:
     """Mean over groups of the std of the anchors' contrastive rewards: what the reward can still tell apart.
 
@@ -1283,6 +1307,7 @@ class CLIPO:
         )
         self.steps_done = 0
         self.last: Scored | None = None
+        self.sizes = {"max_batch": config.max_batch, "micro_batch_tokens": config.micro_batch_tokens}  # see `in_memory`
 
     def step(
         self,
@@ -1292,15 +1317,27 @@ class CLIPO:
     ) -> dict:
         """One training step on P prompts (lists of token ids) and their answers; returns its metrics.
 
-        `fresh` gives further prompts with their answers where config.resample_tries asks for them. Raises ValueError
-        if it does and there is no `fresh`, or if there is not one answer to each prompt.
+        `fresh` gives further prompts with their answers where config.resample_tries asks for them. A step in which a
+        number breaks is skipped from there on: of its metrics there are only "step", "seconds" and, as "skipped", the
+        phase; `last` is None. Raises ValueError if there is no `fresh` where one is needed, or not one answer to each
+        prompt; OutOfMemory if even a single rollout does not fit.
         """
         if len(prompts) != len(answers):
             raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers; expected one answer to each prompt")
         if self.config.resample_tries and fresh is None:
             raise ValueError("resample_tries is set but `fresh` is None; expected an iterator of (prompt, answer)")
-        prompts, answers = list(prompts), list(answers)
         seconds: dict[str, float] = {}
+        try:
+            metrics = {"skipped": None, **self.phases(list(prompts), list(answers), fresh, seconds)}
+        except BrokenNumbers as broken:
+            metrics, self.last = {"skipped": broken.phase}, None
+            for optimizer in (self.policy_optimizer, self.head_optimizer):
+                optimizer.zero_grad(set_to_none=True)
+        self.steps_done += 1
+        return {"step": self.steps_done, **metrics, "seconds": seconds}
+
+    def phases(self, prompts: list, answers: list, fresh: Iterator | None, seconds: dict[str, float]) -> dict:
+        """The step itself, from rollouts to update; its metrics. Raises BrokenNumbers."""
         rollouts, texts, correct, origin = self.sample(prompts, answers, fresh, seconds)
         with self.phase("contrast", seconds):
             embedding, loss, anchors, drawn, head_metrics = self.contrast(rollouts, correct)
@@ -1315,16 +1352,12 @@ class CLIPO:
         self.last = Scored(
             rollouts, texts, correct, embedding, loss, anchors, drawn, contrastive, reward, advantage, origin
         )
-        self.steps_done += 1
-        tokens_per_second = int(rollouts.mask.sum()) / sum(seconds.values())
         return {
-            "step": self.steps_done,
             **self.describe(self.last),
             **head_metrics,
             **dict.fromkeys(("policy_loss", "kl", "clip_fraction", "policy_grad_norm")),  # None in a warm-up step
             **policy_metrics,
-            "tokens_per_second": tokens_per_second,
-            "seconds": seconds,
+            "tokens_per_second": int(rollouts.mask.sum()) / sum(seconds.values()),
         }
 
     @property
@@ -1368,22 +1401,28 @@ class CLIPO:
         """G rollouts per prompt, their texts, and their verdicts (B,) bool."""
         with self.phase("rollout", seconds), self.mixed_precision():
             rollouts = self.roll_out(prompts, random)
+            require_finite("rollout", rollouts.logprobs, rollouts.hidden)
         with self.phase("verify", seconds):
             return rollouts, *self.verify(rollouts, answers)
 
     def roll_out(self, prompts: Sequence[Sequence[int]], random: torch.Generator) -> Rollouts:
         """G rollouts per prompt from the current policy."""
-        return generate(
-            self.policy,
-            prompts,
-            samples_per_prompt=self.config.samples_per_prompt,
-            max_new_tokens=self.config.max_new_tokens,
-            eos_token_id=self.stop_ids,
-            temperature=self.config.temperature,
-            generator=random,
-            max_batch=self.config.max_batch,
-            cuda_graphs=self.config.cuda_graphs,
-        )
+        state = random.get_state()
+
+        def attempt(max_batch: int) -> Rollouts:
+            return generate(
+                self.policy,
+                prompts,
+                samples_per_prompt=self.config.samples_per_prompt,
+                max_new_tokens=self.config.max_new_tokens,
+                eos_token_id=self.stop_ids,
+                temperature=self.config.temperature,
+                generator=random.set_state(state),
+                max_batch=max_batch,
+                cuda_graphs=self.config.cuda_graphs,
+            )
+
+        return self.in_memory("max_batch", attempt, least=1)
 
     def verify(self, rollouts: Rollouts, answers: Sequence[str]) -> tuple[list[str], Tensor]:
         """The responses as text, and r: is the final answer right? (B,) bool."""
@@ -1415,10 +1454,12 @@ class CLIPO:
                 scope=scope,
                 positives=drawn,
             )
+            require_finite("contrast", loss)
             before = before or (z.detach(), loss.detach(), anchors, drawn)
             if not anchors.any() or config.head_steps == 0:
                 break  # nothing to learn from, or a fixed head
-            grad_norm = self.descend(self.head_optimizer, loss[anchors].mean())
+            loss[anchors].mean().backward()
+            grad_norm = self.descend(self.head_optimizer, "contrast")
         return *before, {"head_grad_norm": grad_norm}
 
     def reward_agreement(self, loss: Tensor, anchors: Tensor, correct: Tensor, group: Tensor) -> Tensor:
@@ -1454,15 +1495,26 @@ class CLIPO:
         }
 
     def update_mini_batch(self, prompts: Sequence[Sequence[int]], rollouts: Rollouts, advantage: Tensor) -> dict:
-        """One optimiser step; the gradient is gathered over micro-batches and does not depend on how they are cut."""
+        """One optimiser step."""
+
+        def attempt(micro_batch_tokens: int) -> dict:
+            self.policy_optimizer.zero_grad(set_to_none=True)
+            return self.gather_gradient(prompts, rollouts, advantage, micro_batch_tokens)
+
+        longest = int(rollouts.mask.sum(-1).max())
+        metrics = self.in_memory("micro_batch_tokens", attempt, least=longest)
+        return {**metrics, "policy_grad_norm": self.descend(self.policy_optimizer, "update")}
+
+    def gather_gradient(
+        self, prompts: Sequence[Sequence[int]], rollouts: Rollouts, advantage: Tensor, micro_batch_tokens: int
+    ) -> dict:
+        """Forward and backward through micro-batches; the gradient does not depend on how they are cut."""
         config, temperature = self.config, self.config.temperature
         lengths = rollouts.mask.sum(-1).tolist()
         tokens = sum(lengths)
         totals = {"policy_loss": 0.0, "clip_fraction": 0.0, "kl": None if self.reference is None else 0.0}
-        block = (
-            16 * config.samples_per_prompt
-        )  # the rollouts of 16 prompts: the fewer, the more they share (`SharedPrompts`)
-        for rows in micro_batches(lengths, config.micro_batch_tokens, block):
+        block = 16 * config.samples_per_prompt  # rollouts of 16 prompts: the fewer, the more they share one
+        for rows in micro_batches(lengths, micro_batch_tokens, block):
             rows = torch.tensor(rows, device=advantage.device)
             part = rollouts.select(rows)
             # A mean over tokens (or responses) is a mean of the parts' means, weighted by their tokens (or responses).
@@ -1486,20 +1538,39 @@ class CLIPO:
                 kl = kl_k3(logprobs, reference)[part.mask].mean()
                 loss = loss + token_share * config.beta * kl
                 totals["kl"] += token_share * kl.item()
+            require_finite("update", loss)
             loss.backward()
             totals["policy_loss"] += loss.item()
             totals["clip_fraction"] += token_share * stats["clip_fraction"]
-        return {**totals, "policy_grad_norm": self.descend(self.policy_optimizer)}
+        return totals
 
-    def descend(self, optimizer: torch.optim.Optimizer, loss: Tensor | None = None) -> float:
-        """Backward through `loss` if given, clip the gradient, one optimiser step; the norm before the clip."""
-        if loss is not None:
-            loss.backward()
+    def descend(self, optimizer: torch.optim.Optimizer, phase: str) -> float:
+        """Clip the gradient, one optimiser step; the gradient's norm before the clip. Raises BrokenNumbers."""
         parameters = [p for parameters in optimizer.param_groups for p in parameters["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        require_finite(phase, norm)  # that of a gradient with NaN in it is NaN
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm.item()
+
+    def in_memory(self, size: str, attempt: Callable[[int], Any], least: int):
+        """attempt(n) with n = self.sizes[size], which is halved for good, down to `least`, while memory runs out.
+
+        Less at a time takes longer and computes the same. Raises OutOfMemory if `least` does not fit either.
+        """
+        while True:
+            n = self.sizes[size]
+            try:
+                return attempt(n)
+            except RuntimeError as error:
+                if not ran_out_of_memory(error):
+                    raise
+                reason = str(error).split(". ")[0]
+            if n <= least:  # (outside of the except clause, where the error would keep what was allocated)
+                raise OutOfMemory(f"{size} is down to {n}, the least there is, and that does not fit: {reason}")
+            if self.policy.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.sizes[size] = max(n // 2, least)
 
     def describe(self, scored: Scored) -> dict:
         """The metrics of a step that follow from its rollouts. Rewards are per rollout, entropy in nats per token."""

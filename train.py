@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import checkpoint
 import toy
-from clipo import CLIPO, INFORMATIVE, TRACKS, CLIPOConfig, Scored
+from clipo import CLIPO, INFORMATIVE, TRACKS, CLIPOConfig, OutOfMemory, Scored, ran_out_of_memory
 from eval import wilson
 from lab.report import write_report
 from problems import SUFFIX, TRAINING_SETS, Problem, UserError, are_correct, load_problems, prompt_ids
@@ -317,32 +317,49 @@ def take_step(trainer: CLIPO, task: ToyTask | DataTask) -> tuple[dict, list[Prob
 
     prompts, answers = zip(*pairs(task.problems(trainer.steps_done)), strict=True)
     metrics = trainer.step(prompts, answers, fresh=pairs(task.more(trainer.steps_done)))
+    if metrics["skipped"]:
+        return metrics, [], None
     problems = [drawn[i] for i in trainer.last.origin]
     sound = task.soundness(problems, trainer.last)
     return metrics | ({"process": sum(sound) / len(sound)} if sound else {}), problems, sound
 
 
-def train(trainer: CLIPO, task: ToyTask | DataTask, out: Path, save_every: int, log_groups: int) -> bool:
-    """Run the remaining steps; False if a signal stopped them. The state is saved in any case."""
+MOST_SKIPPED = 3  # steps in a row
+
+
+def train(trainer: CLIPO, task: ToyTask | DataTask, out: Path, save_every: int, log_groups: int) -> str | None:
+    """Run the remaining steps; what ended them early, if anything did. The state is saved in any case."""
     config, stop = trainer.config, StopAsked()
-    bar = tqdm(total=config.steps, initial=trainer.steps_done, desc=out.name)
-    stopping = False
-    while trainer.steps_done < config.steps and not stopping:
-        metrics, problems, sound = take_step(trainer, task)
-        for row in logged_groups(metrics["step"], problems, trainer.last, sound, log_groups):
-            checkpoint.append_line(out / "rollouts.jsonl", row)
-        checkpoint.append_line(out / "metrics.jsonl", metrics)
-        bar.set_postfix_str(
-            f"reward {metrics['reward']:.2f}, accuracy {metrics['accuracy']:.2f}, "
-            f"{metrics['tokens_per_second']:,.0f} tokens/s",
-            refresh=False,
-        )
-        bar.update()
-        stopping = stop.asked  # read once: a signal after this line is the next step's
-        if trainer.steps_done % save_every == 0 or trainer.steps_done == config.steps or stopping:
-            checkpoint.save(trainer, out)
-    bar.close()
-    return trainer.steps_done >= config.steps
+    early, skipped = None, 0
+    with tqdm(total=config.steps, initial=trainer.steps_done, desc=out.name) as bar:
+        while trainer.steps_done < config.steps and not early:
+            sizes = dict(trainer.sizes)
+            metrics, problems, sound = take_step(trainer, task)
+            for row in logged_groups(metrics["step"], problems, trainer.last, sound, log_groups):
+                checkpoint.append_line(out / "rollouts.jsonl", row)
+            checkpoint.append_line(out / "metrics.jsonl", metrics)
+            show_step(bar, metrics, sizes, trainer.sizes)
+            skipped = skipped + 1 if metrics["skipped"] else 0
+            if skipped == MOST_SKIPPED:
+                early = f"{skipped} steps in a row were skipped, the last for its {metrics['skipped']}"
+            elif stop.asked:  # read once: a signal after this line is the next step's
+                early = "stopped"
+            if trainer.steps_done % save_every == 0 or trainer.steps_done == config.steps or early:
+                checkpoint.save(trainer, out)
+    return early
+
+
+def show_step(bar: tqdm, metrics: dict, sizes_before: dict[str, int], sizes: dict[str, int]) -> None:
+    """A step's numbers on the bar; above it what is out of the ordinary."""
+    for name, size in sizes.items():
+        if size < sizes_before[name]:
+            tqdm.write(f"out of memory: --{name.replace('_', '-')} goes on with {size}, slower, the results the same")
+    if metrics["skipped"]:
+        tqdm.write(f"step {metrics['step']} is skipped: a number broke (NaN or infinite) in its {metrics['skipped']}")
+    else:
+        numbers = "reward {reward:.2f}, accuracy {accuracy:.2f}, {tokens_per_second:,.0f} tokens/s"
+        bar.set_postfix_str(numbers.format(**metrics), refresh=False)
+    bar.update()
 
 
 def toy_table(base: dict, trained: dict, count: int) -> str:
@@ -372,7 +389,7 @@ def finish_toy(settings: Settings, trainer: CLIPO, out: Path, base, count: int) 
     """The table of base and trained model, and what to try next."""
     results = [toy.evaluate(model, trainer.tokenizer, count=count) for model in (base, trainer.policy)]
     evaluation = json.dumps({"base": results[0], "trained": results[1]}, indent=1)
-    (out / "evaluation.json").write_text(evaluation, encoding="utf-8")
+    checkpoint.write_text(out / "evaluation.json", evaluation)
     print(f"\n{toy_table(*results, count)}\n")
     print("P0 is like the training stories; P1 and P2 are longer, and there the friend is right less and less.")
     print("lucky: right answers that were reached by wrong steps.\n\nTry next:")
@@ -403,9 +420,16 @@ def settings_and_folder(given: dict) -> tuple[Settings, Path]:
     return settings_of_run(given, Path(given["out"])), Path(given["out"])
 
 
+def cannot_write(reason: OSError, out: Path) -> str:
+    """What the system said of a file, and what to do."""
+    why = reason.strerror or reason
+    return f"{reason.filename or out}: {why}; expected a folder with room that can be written; what was saved stays"
+
+
 def run(given: dict) -> int:
     """The whole command; returns its exit status. Raises UserError."""
     settings, out = settings_and_folder(given)
+    checkpoint.refuse_links(out)
     device = checkpoint.device_from(given.get("device"))
     config = settings.config
 
@@ -420,25 +444,31 @@ def run(given: dict) -> int:
             trainer = CLIPO(policy, tokenizer, are_correct, config)
         except (ValueError, NotImplementedError) as reason:
             raise UserError(f"model {settings.model}: {reason}") from reason
-        if saved := checkpoint.checkpoints(out) if given.get("resume") else []:
-            checkpoint.resume(trainer, saved[-1])
+        if saved := checkpoint.newest_whole(out) if given.get("resume") else None:
+            checkpoint.resume(trainer, saved)
+            checkpoint.publish(saved, out)
         for file in ("metrics.jsonl", "rollouts.jsonl"):
             checkpoint.keep_until(out / file, trainer.steps_done)
-        (out / "settings.json").write_text(json.dumps(dataclasses.asdict(settings), indent=1), encoding="utf-8")
+        checkpoint.write_text(out / "settings.json", json.dumps(dataclasses.asdict(settings), indent=1))
 
         if config.weight > 0 and config.steps <= config.head_warmup_steps:
             print(f"all {config.steps} steps are head warm-up (--head-warmup-steps {config.head_warmup_steps}): "
                   "the policy will not change")  # fmt: skip
-        completed = train(trainer, task, out, given.get("save_every", 20), given.get("log_groups", 2))
+        early = train(trainer, task, out, given.get("save_every", 20), given.get("log_groups", 2))
         write_report([out])
     except OSError as reason:
-        why = reason.strerror or reason
-        raise UserError(f"{reason.filename or out}: {why}; expected a folder that can be written") from reason
-    if not completed:
-        print(
-            f"saved after step {trainer.steps_done}; to go on: python train.py --resume --out {shlex.quote(str(out))}"
-        )
-        return 130
+        raise UserError(cannot_write(reason, out)) from reason
+    except RuntimeError as reason:
+        if not (isinstance(reason, OutOfMemory) or ran_out_of_memory(reason)):
+            raise
+        raise UserError(
+            f"out of memory: {reason}; expected a smaller --model, --max-new-tokens or --max-prompt-tokens, or more "
+            "memory; what was saved stays"
+        ) from reason
+    if early:
+        go_on = f"python train.py --resume --out {shlex.quote(str(out))}"
+        print(f"{early}; saved after step {trainer.steps_done}; to go on: {go_on}")
+        return 130 if early == "stopped" else 1
     if settings.data == "toy":
         base, _ = checkpoint.load_model(settings.model, device)
         finish_toy(settings, trainer, out, base, given.get("test_stories", 300))

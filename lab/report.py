@@ -57,7 +57,7 @@ def read_run(folder: Path) -> dict:
 def curve_point(row: dict) -> dict:
     """A step's numbers, flat: the seconds of each phase beside the others."""
     numbers = {name: value for name, value in row.items() if name != "seconds"} | row["seconds"]
-    return {**numbers, "warm": row["policy_loss"] is None}
+    return {**numbers, "warm": row.get("policy_loss", 0) is None}
 
 
 def shortened(rollout: dict) -> dict:
@@ -130,10 +130,7 @@ def page(runs: Sequence[dict]) -> str:
 def write_report(folders: Sequence[Path]) -> Path:
     """Write the page of one run, or of two, into the first one's folder. Raises UserError."""
     file = folders[0] / "report.html"
-    text = page([read_run(folder) for folder in folders])
-    aside = file.with_name(file.name + ".new")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)
+    checkpoint.write_text(file, page([read_run(folder) for folder in folders]))
     return file
 
 

@@ -219,7 +219,7 @@ def test_every_epoch_visits_every_prompt_once_in_its_own_order(tmp_path):
         (["--model", "no/such-model"], "model no/such-model could not be opened"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
         (["--device", "abacus"], "--device abacus cannot be used here"),
-        (["--out", "/proc/run"], "expected a folder that can be written"),
+        (["--out", "/proc/run"], "expected a folder with room that can be written"),
     ],
 )
 def test_a_users_mistake_gets_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, message):

@@ -1,0 +1,430 @@
+"""Nothing lost, nothing silent: pulled plugs, damaged files, broken numbers, too little memory, full disks."""
+
+import copy
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROMPTS, ROOT
+from test_step import ANSWERS, even, same, trainer, weights
+
+import checkpoint
+import clipo
+import toy
+import train
+from clipo import CLIPO, CLIPOConfig
+from problems import UserError
+
+TINY_RUN = (
+    "--warm-start-batches 3 --prompts-per-step 2 --samples-per-prompt 4 --max-new-tokens 8 --head-warmup-steps 1 "
+    "--lr-warmup-steps 1 --test-stories 5"
+).split()
+
+# ----------------------------------------------------------------------------------------------------
+# Checkpoints
+# ----------------------------------------------------------------------------------------------------
+
+
+def toy_trainer(seed=0):
+    """A trainer whose tokenizer can be saved."""
+    tokenizer = toy.make_tokenizer()
+    config = CLIPOConfig(
+        seed=seed, prompts_per_step=4, samples_per_prompt=4, max_new_tokens=6, head_warmup_steps=0, beta=0.0, lr=1e-3
+    )
+    return CLIPO(toy.make_model("tiny", tokenizer, seed), tokenizer, even, config)
+
+
+def everything(t):
+    """All that a trainer is, as one dictionary of tensors."""
+    model = {f"policy {name}": value for name, value in t.policy.state_dict().items()}
+    head = {f"head {name}": value for name, value in t.head.state_dict().items()}
+    return {**model, **head, **checkpoint.optimizer_tensors(t), "step": torch.tensor(t.steps_done)}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def saved_twice(tmp_path_factory):
+    """A folder with the checkpoints of steps 1 and 2, and what the trainer was at each."""
+    out, t, states = tmp_path_factory.mktemp("saved"), toy_trainer(), {}
+    for step in (1, 2):
+        t.step(PROMPTS, ANSWERS)
+        (out / "metrics.jsonl").open("a").write(json.dumps({"step": step}) + "\n")
+        checkpoint.save(t, out)
+        states[step] = copy.deepcopy(everything(t))
+    return out, t, states
+
+
+def test_a_checkpoint_holds_all_of_a_trainer(saved_twice):
+    out, _, states = saved_twice
+    for folder, step in zip(checkpoint.checkpoints(out), (1, 2), strict=True):
+        fresh = toy_trainer()
+        checkpoint.resume(fresh, folder)
+        assert equal(everything(fresh), states[step])
+
+
+class Pulled(BaseException):
+    """The plug."""
+
+
+def test_a_plug_pulled_at_any_moment_of_a_save_costs_nothing_that_was_saved(saved_twice, tmp_path, monkeypatch):
+    """Every call that changes a file or folder is the last one, one after the other."""
+    before, t, states = saved_twice
+    t.step(PROMPTS, ANSWERS)
+    states = {**states, 3: copy.deepcopy(everything(t))}
+    calls, last = 0, 0
+
+    def until_the_plug_is_pulled(function):
+        def wrapped(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls == last:
+                raise Pulled
+            return function(*arguments, **options)
+
+        return wrapped
+
+    for place, name in (
+        (os, "fsync"), (os, "link"), (os, "rename"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"),
+        (checkpoint, "save_file"), (checkpoint.json, "dumps"),
+    ):  # fmt: skip
+        monkeypatch.setattr(place, name, until_the_plug_is_pulled(getattr(place, name)))
+
+    found = []
+    for moment in range(1, 1000):
+        out = tmp_path / str(moment)
+        last = 0
+        shutil.copytree(before, out)
+        calls, last = 0, moment
+        try:
+            checkpoint.save(t, out)
+        except Pulled:
+            pass
+        done, last = calls < moment, 0
+        folder = checkpoint.newest_whole(out)
+        step = int(folder.name.removeprefix("step-"))
+        found.append(step)
+        if moment % 7 == 1 or done:
+            fresh = toy_trainer()
+            checkpoint.resume(fresh, folder)
+            assert equal(everything(fresh), states[step])
+        checkpoint.save(t, out)  # what the plug left lying about is in nobody's way
+        assert [f.name for f in checkpoint.checkpoints(out)] == ["step-000002", "step-000003"]
+        assert not [f for f in (out / "checkpoints").iterdir() if f.suffix] and not list(out.glob("*.new"))
+        shutil.rmtree(out)
+        if done:
+            break
+    assert done and len(found) > 20 and found == sorted(found) and set(found) == {2, 3}
+
+
+@pytest.mark.parametrize("how", ["cut short", "one bit", "gone"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizers.safetensors", "tokenizer.json", checkpoint.SEAL])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(saved_twice, tmp_path, capsys, name, how):
+    out = tmp_path / "run"
+    shutil.copytree(saved_twice[0], out)
+    first, second = checkpoint.checkpoints(out)
+    for folder, expected in ((second, first), (first, None)):
+        file = folder / name
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        if how == "gone":
+            file.unlink()
+        else:
+            file.write_bytes(content if how == "one bit" else content[: len(content) // 2])
+        if expected:
+            assert checkpoint.newest_whole(out) == expected
+            said = capsys.readouterr().err
+            named = (
+                second if name == checkpoint.SEAL and how == "one bit" else f"{second}: {name} "
+            )  # which sum is wrong?
+            assert said.startswith(str(named)) and said.count("\n") == 1
+        else:
+            with pytest.raises(UserError, match="all of its 2 checkpoints are damaged"):
+                checkpoint.newest_whole(out)
+
+
+def test_lines_behind_a_checkpoint_may_be_anything(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1}\n{"step": 2}\n\0\0\0\0\n{"step": 3}\n{"st')
+    checkpoint.keep_until(file, 2)
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+    file.write_text('{"step": 1}\nno json\n')
+    with pytest.raises(ValueError, match="line 2 is no JSON"):
+        checkpoint.read_lines(file)
+
+
+def without_timings(file):
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+
+
+def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bits(tmp_path):
+    """SIGKILL at random moments; CLIPO_KILLS=20 for a night's worth. It saves at every step: many hit a save."""
+    kills, rng = int(os.environ.get("CLIPO_KILLS", 2)), random.Random(0)
+    options = [*TINY_RUN, "--steps", "20", "--save-every", "1", "--device", "cpu"]
+
+    def start(out, *more):
+        command = [sys.executable, str(ROOT / "train.py"), *options, "--out", str(out)]
+        if (out / "settings.json").exists():
+            command = [sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(out), "--test-stories", "5"]
+        return subprocess.Popen(
+            [*command, "--save-every", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+
+    whole, killed = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
+    process = start(whole)
+    assert process.wait() == 0, process.stderr.read()
+    for _ in range(kills):
+        process, steps = start(killed), len(checkpoint.checkpoints(killed))
+        while process.poll() is None and len(list(killed.glob("metrics.jsonl"))) == 0:
+            time.sleep(0.02)
+        seen = (killed / "metrics.jsonl").stat().st_mtime_ns
+        while process.poll() is None and (killed / "metrics.jsonl").stat().st_mtime_ns == seen:
+            time.sleep(0.01)  # until it has begun to train
+        time.sleep(rng.random() * 0.4)
+        process.kill()
+        process.wait()
+        assert len(checkpoint.checkpoints(killed)) >= min(steps, 1)
+    process = start(killed)
+    assert process.wait() == 0, process.stderr.read()
+    for log in ("metrics.jsonl", "rollouts.jsonl"):
+        assert without_timings(whole / log) == without_timings(killed / log)
+    for name in ("model.safetensors", "head.safetensors"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes()
+
+
+# ----------------------------------------------------------------------------------------------------
+# A folder from elsewhere
+# ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two steps."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert train.main([*TINY_RUN, "--steps", "2", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints/step-000003.writing", "settings.json.new"])
+def test_a_link_in_a_runs_folder_is_refused(finished, tmp_path, capsys, name):
+    out, outside = tmp_path / "run", tmp_path / "outside"
+    shutil.copytree(finished, out)
+    outside.mkdir()
+    (out / name).unlink(missing_ok=True)
+    (out / name).symlink_to(outside)
+    assert train.main(["--resume", "--out", str(out), "--steps", "3"]) == 2
+    said = capsys.readouterr().err
+    assert f"{out / name} is a link to {outside}; expected a run's folder without links" in said
+    assert not list(outside.iterdir())
+
+
+def test_nothing_is_written_through_a_hard_link(finished, tmp_path):
+    out, outside = tmp_path / "run", tmp_path / "precious"
+    shutil.copytree(finished, out)
+    for name in ("metrics.jsonl", "rollouts.jsonl", "settings.json", "report.html", "evaluation.json", "config.json"):
+        precious = outside.with_name(f"precious {name}")
+        shutil.copyfile(out / name, precious)
+        (out / name).unlink()
+        os.link(precious, out / name)
+    before = {file: file.read_bytes() for file in tmp_path.glob("precious*")}
+    assert train.main(["--resume", "--out", str(out), "--steps", "3", "--test-stories", "5"]) == 0
+    assert len(before) == 6 and all(file.read_bytes() == content for file, content in before.items())
+
+
+def test_code_that_lies_beside_a_model_is_not_run(finished, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(finished, model)
+    (model / "settings.json").unlink()
+    config = json.loads((model / "config.json").read_text())
+    classes = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "evil", "auto_map": classes}))
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'hacked')!r}, 'w')\n")
+    assert train.main(["--model", str(model), "--data", "toy", "--out", str(tmp_path / "out")]) == 2
+    assert "could not be opened" in capsys.readouterr().err and not (tmp_path / "hacked").exists()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Broken numbers
+# ----------------------------------------------------------------------------------------------------
+
+
+def break_number(t, monkeypatch, where, value):
+    """Put NaN or infinity into one place of the next step."""
+    if where == "rollout":
+        output_logits = clipo.output_logits
+        monkeypatch.setattr(clipo, "output_logits", lambda *a: output_logits(*a).index_fill(-1, torch.tensor(5), value))
+    elif where in ("contrastive_loss", "policy_loss"):
+        function = getattr(clipo, where)
+
+        def broken(*arguments, **options):
+            loss, more = function(*arguments, **options)
+            return loss * torch.tensor([1.0, value]).max().nan_to_num(0) + value, more
+
+        monkeypatch.setattr(clipo, where, broken)
+    else:
+        parameter = next((t.head if where == "gradient of the head" else t.policy).parameters())
+        handle = parameter.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor(0), value))
+        return handle.remove
+    return monkeypatch.undo
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "where, phase",
+    [
+        ("rollout", "rollout"),
+        ("contrastive_loss", "contrast"),
+        ("gradient of the head", "contrast"),
+        ("policy_loss", "update"),
+        ("gradient of the policy", "update"),
+    ],
+)
+def test_a_broken_number_never_reaches_a_weight(monkeypatch, where, phase, value):
+    if where == "rollout" and value == -float("inf"):
+        value = float("nan")  # a logit of -inf is a token that cannot be drawn, and no broken number
+    t = trainer(lr=1e-2)
+    t.step(PROMPTS, ANSWERS)
+    policy, head, moments = weights(t.policy), weights(t.head), copy.deepcopy(checkpoint.optimizer_tensors(t))
+    mend = break_number(t, monkeypatch, where, value)
+    metrics = t.step(PROMPTS, ANSWERS)
+    mend()
+    assert metrics == {"step": 2, "skipped": phase, "seconds": metrics["seconds"]} and t.last is None
+    assert same(policy, weights(t.policy))
+    if phase != "update":  # there the head has learnt from this step's whole numbers
+        assert same(head, weights(t.head))
+        assert equal(moments, checkpoint.optimizer_tensors(t))
+    assert all(p.grad is None for module in (t.policy, t.head) for p in module.parameters())
+    again = t.step(PROMPTS, ANSWERS)
+    assert again["skipped"] is None and not same(policy, weights(t.policy))
+    assert all(p.isfinite().all() for module in (t.policy, t.head) for p in module.parameters())
+
+
+def test_three_broken_steps_in_a_row_end_the_run_with_its_state_saved(tmp_path, monkeypatch, capsys):
+    out, policy_loss, seen = tmp_path / "run", clipo.policy_loss, []
+
+    def sometimes_broken(*arguments, **options):
+        loss, stats = policy_loss(*arguments, **options)
+        seen.append(loss)
+        return (loss * float("nan") if len(seen) in (2, 4, 5, 6) else loss), stats
+
+    monkeypatch.setattr(clipo, "policy_loss", sometimes_broken)
+    assert train.main([*TINY_RUN, "--steps", "9", "--out", str(out)]) == 1
+    said = capsys.readouterr()
+    assert "3 steps in a row were skipped, the last for its update; saved after step 7; to go on: python" in said.out
+    skipped = [row["skipped"] for row in checkpoint.read_lines(out / "metrics.jsonl")]
+    assert skipped == [None, None, "update", None, "update", "update", "update"]
+    assert [f.name for f in checkpoint.checkpoints(out)] == ["step-000007"]
+    monkeypatch.undo()
+    assert train.main(["--resume", "--out", str(out), "--test-stories", "5"]) == 0
+    assert len(checkpoint.read_lines(out / "metrics.jsonl")) == 9
+
+
+# ----------------------------------------------------------------------------------------------------
+# Too little memory
+# ----------------------------------------------------------------------------------------------------
+
+
+def test_it_is_told_when_memory_runs_out():
+    with pytest.raises(RuntimeError) as real:
+        torch.empty(2**60)
+    assert clipo.ran_out_of_memory(real.value) and clipo.ran_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not clipo.ran_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_with_less_memory_the_update_is_cut_finer_and_stays_the_same(monkeypatch):
+    plenty, little = trainer(lr=1e-3), trainer(lr=1e-3)
+    plenty.step(PROMPTS, ANSWERS)
+    response_logprobs, failures = clipo.response_logprobs, []
+
+    def on_a_small_machine(model, prompts, rollouts, **options):
+        if rollouts.tokens.numel() > 24:
+            failures.append(rollouts.tokens.numel())
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return response_logprobs(model, prompts, rollouts, **options)
+
+    monkeypatch.setattr(clipo, "response_logprobs", on_a_small_machine)
+    assert little.step(PROMPTS, ANSWERS)["skipped"] is None
+    assert failures and little.sizes["micro_batch_tokens"] <= 24
+    torch.testing.assert_close(weights(little.policy), weights(plenty.policy), rtol=1e-4, atol=1e-6)
+    failures.clear()
+    little.step(PROMPTS, ANSWERS)
+    assert not failures  # what was learnt about the machine is kept
+
+
+def test_with_less_memory_rollouts_run_in_waves_and_stay_the_same(monkeypatch):
+    plenty, little = trainer(), trainer()
+    plenty.step(PROMPTS, ANSWERS)
+    cache, rows = clipo.KVCache, []
+
+    def on_a_small_machine(count, slots):
+        rows.append(count)
+        if count > 4:
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            )
+        return cache(count, slots)
+
+    monkeypatch.setattr(clipo, "KVCache", on_a_small_machine)
+    little.step(PROMPTS, ANSWERS)
+    assert little.sizes["max_batch"] <= 4
+    for name in ("tokens", "mask", "logprobs", "hidden"):
+        torch.testing.assert_close(getattr(little.last.rollouts, name), getattr(plenty.last.rollouts, name))
+
+
+def test_what_cannot_fit_ends_with_one_line(tmp_path, monkeypatch, capsys):
+    def too_little(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(clipo, "KVCache", too_little)
+    monkeypatch.setattr(clipo, "check_model", lambda model: None)
+    assert train.main([*TINY_RUN, "--steps", "2", "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: out of memory: max_batch is down to 1, the least there is, and that does not fit:")
+    assert "expected a smaller --model, --max-new-tokens" in said
+
+
+# ----------------------------------------------------------------------------------------------------
+# A full disk
+# ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 12 MB, room for one checkpoint and a little more."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no small disk can be mounted here (it takes root)")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_costs_nothing_that_was_saved(small_disk, finished, capsys):
+    model = next(finished.parent.glob("warm-start-*"))
+    out = small_disk / "run"
+    options = ["--model", str(model), "--data", "toy", "--save-every", "1", *TINY_RUN]
+    assert train.main([*options, "--steps", "1", "--out", str(out)]) == 0
+    (small_disk / "filler").write_bytes(b"x" * (2**20 * 2))
+    capsys.readouterr()
+    assert train.main(["--resume", "--out", str(out), "--steps", "3", "--save-every", "1"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and "expected a folder with room" in said and "what was saved stays" in said
+    assert [f.name for f in checkpoint.checkpoints(out)] == ["step-000001"]
+    assert checkpoint.newest_whole(out) is not None
+    (small_disk / "filler").unlink()
+    resumed = ["--resume", "--out", str(out), "--steps", "3", "--save-every", "3", "--test-stories", "5"]
+    assert train.main(resumed) == 0
+
+
+def test_the_newest_state_is_named_by_its_step(saved_twice):
+    assert Path(checkpoint.newest_whole(saved_twice[0])).name == "step-000002"
