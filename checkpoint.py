@@ -63,12 +63,16 @@ def load_model(source: str, device: str | torch.device):
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as reason:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError) as reason:
         first_line = (str(reason).splitlines() or [""])[0]
         raise UserError(
             f"model {source} could not be opened: {first_line} Expected a folder that save_pretrained wrote, "
             "or the name of a causal language model on the hub"
         ) from reason
+    if not tokenizer("1 + 1")["input_ids"]:
+        raise UserError(
+            f"model {source}: its tokenizer knows no text; expected the tokenizer's files beside the model's"
+        )
     vocabulary = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocabulary:
         raise UserError(

@@ -35,6 +35,7 @@ import toy
 from problems import (
     BENCHMARKS,
     SUFFIX,
+    OptionParser,
     Problem,
     UserError,
     are_correct,
@@ -346,7 +347,7 @@ class Evaluation:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
         "models", nargs="*", metavar="MODEL", help="a run's folder, any model's folder, or a name on the hub"
     )

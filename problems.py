@@ -5,6 +5,7 @@ A problem is a question in words and an answer. Training and evaluation load and
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import json
 import os
@@ -40,6 +41,13 @@ class Problem:
 
 class UserError(ValueError):
     """A mistake of the user's: the message says what was given, what was expected and what to do, on one line."""
+
+
+class OptionParser(argparse.ArgumentParser):
+    """argparse, but a mistake gets one line, not the whole usage."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message}; --help lists every option\n")
 
 
 @dataclass(frozen=True)
@@ -119,11 +127,13 @@ def load_file(path: Path) -> list[dict]:
     if not path.is_file():
         raise UserError(f"{path} is no file; expected a .parquet or .jsonl file")
     if path.suffix == ".parquet":
-        from datasets import Dataset
+        import datasets
 
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # we say ourselves what is wrong with a file
         try:
             # In memory: a cache on disk would outlive the file that it was made from.
-            return list(Dataset.from_parquet(str(path), keep_in_memory=True))
+            return list(datasets.Dataset.from_parquet(str(path), keep_in_memory=True))
         except Exception as reason:  # pyarrow and datasets raise a dozen classes for a damaged file
             raise UserError(f"{path} is not a readable parquet file: {str(reason).splitlines()[0]}") from reason
     rows = []

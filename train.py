@@ -35,7 +35,7 @@ import toy
 from clipo import CLIPO, INFORMATIVE, TRACKS, CLIPOConfig, OutOfMemory, Scored, ran_out_of_memory
 from eval import wilson
 from lab.report import write_report
-from problems import SUFFIX, TRAINING_SETS, Problem, UserError, are_correct, load_problems, prompt_ids
+from problems import SUFFIX, TRAINING_SETS, OptionParser, Problem, UserError, are_correct, load_problems, prompt_ids
 
 # ----------------------------------------------------------------------------------------------------
 # What is trained on: a task gives each step its problems
@@ -48,7 +48,11 @@ class ToyTask:
     suffix = ""
 
     def __init__(self, config: CLIPOConfig, world: toy.World = toy.WORLD):
-        self.config, self.world = config, world
+        self.config, self.world, self.longest_prompt = (
+            config,
+            world,
+            config.max_prompt_tokens,
+        )  # stories are far shorter
 
     def problems(self, step: int) -> list[toy.Story]:
         return self.stories(f"train {self.config.seed} {step}")
@@ -74,7 +78,9 @@ class DataTask:
     def __init__(self, config: CLIPOConfig, data: str, tokenizer):
         self.config = config
         everything = load_problems(data, "train")
-        self.all = [p for p in everything if len(prompt_ids(tokenizer, p.question)) <= config.max_prompt_tokens]
+        lengths = [len(prompt_ids(tokenizer, problem.question)) for problem in everything]
+        self.longest_prompt = max((n for n in lengths if n <= config.max_prompt_tokens), default=0)
+        self.all = [p for p, n in zip(everything, lengths, strict=True) if n <= config.max_prompt_tokens]
         if dropped := len(everything) - len(self.all):
             print(f"{dropped} of {len(everything)} prompts are over {config.max_prompt_tokens} tokens and left out")
         if len(self.all) < config.prompts_per_step:
@@ -125,7 +131,7 @@ class Settings:
 
 def parser() -> argparse.ArgumentParser:
     """The command line. An option that is not given is absent from the result, so that --resume can tell."""
-    p = argparse.ArgumentParser(
+    p = OptionParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
     )
     p.add_argument("--model", metavar="NAME_OR_FOLDER", help="causal LM on the hub or in a folder (default: the toy's)")
@@ -189,8 +195,11 @@ def settings_of_run(given: dict, out: Path) -> Settings:
     file = out / "settings.json"
     if not file.is_file():
         raise UserError(f"{out} holds no run to resume (no settings.json); expected --out with the folder of a run")
-    saved = json.loads(file.read_text(encoding="utf-8"))
-    settings = Settings(**{**saved, "config": CLIPOConfig(**saved["config"])})
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        settings = Settings(**{**saved, "config": CLIPOConfig(**saved["config"])})
+    except (OSError, ValueError, KeyError, TypeError) as reason:
+        raise UserError(f"{file} cannot be read ({reason}); expected what this version of train.py wrote") from reason
     before, free = {**saved, **saved["config"]}, ("steps", "command")
     changed = [name for name, value in given.items() if name in before and name not in free and before[name] != value]
     if changed:
@@ -420,6 +429,16 @@ def settings_and_folder(given: dict) -> tuple[Settings, Path]:
     return settings_of_run(given, Path(given["out"])), Path(given["out"])
 
 
+def check_room(policy, longest_prompt: int, max_new_tokens: int) -> None:
+    """Raise UserError if the longest sequence there may be is too long for the model."""
+    room, longest = getattr(policy.config, "max_position_embeddings", None), longest_prompt + max_new_tokens
+    if room and longest > room:
+        raise UserError(
+            f"--max-new-tokens is {max_new_tokens}, prompts have up to {longest_prompt} tokens, {longest} in all, but "
+            f"the model has {room} positions; expected fewer (--max-prompt-tokens drops long prompts)"
+        )
+
+
 def cannot_write(reason: OSError, out: Path) -> str:
     """What the system said of a file, and what to do."""
     why = reason.strerror or reason
@@ -440,6 +459,7 @@ def run(given: dict) -> int:
             settings.model = str(warm_started(out.parent, settings.size, config.seed, batches, device))
         policy, tokenizer = checkpoint.load_model(settings.model, device)
         task = ToyTask(config) if settings.data == "toy" else DataTask(config, settings.data, tokenizer)
+        check_room(policy, task.longest_prompt, config.max_new_tokens)
         try:
             trainer = CLIPO(policy, tokenizer, are_correct, config)
         except (ValueError, NotImplementedError) as reason:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from sklearn.neighbors import NearestNeighbors
 import checkpoint
 import clipo
 import toy
-from problems import SUFFIX, Problem, UserError, are_correct, load_problems, prompt_ids
+from problems import SUFFIX, OptionParser, Problem, UserError, are_correct, load_problems, prompt_ids
 
 # ----------------------------------------------------------------------------------------------------
 # Numbers that belong to a panel
@@ -133,7 +134,10 @@ def panels(models: Sequence[str], problems: Sequence[Problem], given: argparse.N
     first = settings_of(models[0])
     for name, source in [*([("before", first["model"])] if first else []), *((Path(m).name, m) for m in models)]:
         model, tokenizer = checkpoint.load_model(source, device)
-        one = embed(model, tokenizer, problems, given.samples, given.max_new_tokens, given.seed)
+        try:
+            one = embed(model, tokenizer, problems, given.samples, given.max_new_tokens, given.seed)
+        except (ValueError, NotImplementedError) as reason:
+            raise UserError(f"model {source}: {reason}") from reason
         if name != "before" and (settings := settings_of(source)):
             head, hidden = load_head(Path(source), settings["config"], device), one["hidden"]
             if settings["config"]["center_hidden"]:
@@ -253,7 +257,7 @@ def load_points(file: Path) -> dict[str, dict]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs of train.py, or any causal LM")
     p.add_argument("--redraw", type=Path, metavar="FILE", help="a tsne.npz: draw it again")
     p.add_argument("--data", help="toy (its P1), gsm8k, math, ... or a file (default: the first run's, else gsm8k)")
@@ -270,8 +274,10 @@ def parser() -> argparse.ArgumentParser:
 def run(given: argparse.Namespace) -> None:
     """Sample, embed, save, draw. Raises UserError."""
     for option in ("questions", "samples", "max_new_tokens", "perplexity"):
-        if (value := getattr(given, option)) is not None and value < 1:
+        if (value := getattr(given, option)) is not None and not 1 <= value < math.inf:
             raise UserError(f"--{option.replace('_', '-')} is {value}; expected 1 or more")
+    if given.questions * given.samples < 10:
+        raise UserError(f"{given.questions * given.samples} rollouts are too few for a picture; expected 10 or more")
     if bool(given.runs) == bool(given.redraw):
         raise UserError("expected either runs (or models) or --redraw with a tsne.npz")
     if given.redraw:
@@ -304,6 +310,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run(parser().parse_args(arguments))
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
+        return 2
+    except OSError as reason:
+        print(f"error: {reason.filename}: {reason.strerror}; expected a folder that can be written", file=sys.stderr)
         return 2
     return 0
 

@@ -32,6 +32,7 @@ import tsne
 from clipo import INFORMATIVE, CLIPOConfig
 from lab.bench import markdown
 from lab.runs import ROOT, SHARES, Run, known_runs, make
+from problems import OptionParser
 
 # ----------------------------------------------------------------------------------------------------
 # Arms: what is compared
@@ -569,7 +570,7 @@ def make_and_draw(name: str, out: Path, given: argparse.Namespace) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     about = __doc__.format(names=", ".join(NAMES), stories=Run.stories)
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="python -m lab.paper", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", metavar="NAME", choices=NAMES, help="what to run and draw")

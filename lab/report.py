@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import checkpoint
-from problems import UserError
+from problems import OptionParser, UserError
 
 TEMPLATE = Path(__file__).with_name("report.html")
 BUDGET = 3_500_000  # characters of groups on a page: it stays well under 5 MB
@@ -135,7 +135,7 @@ def write_report(folders: Sequence[Path]) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="python -m lab.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="one or two folders of runs of train.py")

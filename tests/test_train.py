@@ -188,11 +188,11 @@ def test_real_gsm8k_questions(tmp_path, model_class, config, template):
     assert AutoTokenizer.from_pretrained(out) is not None
     question = first["question"]
     assert checkpoint.load_tokenizer(str(out))(question)["input_ids"] == tokenizer(question)["input_ids"]
-    options = ["--questions", "2", "--samples", "4", "--max-new-tokens", "8", "--out", str(tmp_path / "tsne")]
+    options = ["--questions", "2", "--samples", "5", "--max-new-tokens", "8", "--out", str(tmp_path / "tsne")]
     assert tsne.main([str(out), str(tmp_path / "model"), *options]) == 0  # a model that is no run has no head
     found = tsne.load_points(tmp_path / "tsne" / "tsne.npz")
     assert {name: "z" in one for name, one in found.items()} == {"before": False, "run": True, "model": False}
-    assert all(one["hidden"].shape == (8, 32) and "sound" not in one for one in found.values())
+    assert all(one["hidden"].shape == (10, 32) and "sound" not in one for one in found.values())
 
 
 def test_every_epoch_visits_every_prompt_once_in_its_own_order(tmp_path):
