@@ -428,3 +428,13 @@ def test_a_full_disk_costs_nothing_that_was_saved(small_disk, finished, capsys):
 
 def test_the_newest_state_is_named_by_its_step(saved_twice):
     assert Path(checkpoint.newest_whole(saved_twice[0])).name == "step-000002"
+
+
+def test_a_soak_measures_every_quarter(tmp_path, capsys):
+    from lab import soak
+
+    assert soak.main(["--steps", "40", "--out", str(tmp_path)]) == 0
+    table = (tmp_path / "soak.md").read_text()
+    assert "31 to 40" in table and (tmp_path / "soak.png").read_bytes().startswith(b"\x89PNG")
+    last = table.splitlines()[-1].split("|")
+    assert float(last[2]) > 100 and int(last[3]) > 3 and float(last[4]) > 0  # MB, files, ms
