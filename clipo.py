@@ -1328,7 +1328,7 @@ class CLIPO:
             raise ValueError("resample_tries is set but `fresh` is None; expected an iterator of (prompt, answer)")
         seconds: dict[str, float] = {}
         try:
-            metrics = {"skipped": None, **self.phases(list(prompts), list(answers), fresh, seconds)}
+            metrics = {"skipped": None, **self.try_step(list(prompts), list(answers), fresh, seconds)}
         except BrokenNumbers as broken:
             metrics, self.last = {"skipped": broken.phase}, None
             for optimizer in (self.policy_optimizer, self.head_optimizer):
@@ -1336,7 +1336,7 @@ class CLIPO:
         self.steps_done += 1
         return {"step": self.steps_done, **metrics, "seconds": seconds}
 
-    def phases(self, prompts: list, answers: list, fresh: Iterator | None, seconds: dict[str, float]) -> dict:
+    def try_step(self, prompts: list, answers: list, fresh: Iterator | None, seconds: dict[str, float]) -> dict:
         """The step itself, from rollouts to update; its metrics. Raises BrokenNumbers."""
         rollouts, texts, correct, origin = self.sample(prompts, answers, fresh, seconds)
         with self.phase("contrast", seconds):

@@ -49,6 +49,7 @@ def read_run(folder: Path) -> dict:
         "settings": {**settings, **config},
         "steps": config["steps"],
         "done": metrics[-1]["step"],
+        "skipped": sum(bool(row.get("skipped")) for row in metrics),
         "metrics": thinned([curve_point(row) for row in metrics], POINTS),
         "groups": [{**group, "rollouts": [shortened(rollout) for rollout in group["rollouts"]]} for group in groups],
     }

@@ -142,6 +142,15 @@ def test_a_run_in_progress_is_shown_up_to_its_last_whole_line(tmp_path):
     assert one["done"] == 3 and [g["step"] for g in one["groups"]] == [1, 2]
 
 
+def test_a_skipped_step_is_counted_and_has_no_point(open_page, tmp_path):
+    run = write_run(tmp_path / "run", [group(1, "ab")], steps=2)
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write(json.dumps({"step": 3, "skipped": "update", "seconds": {"rollout": 1.0}}) + "\n")
+    page = open_page(report.write_report([run]))
+    assert "run: 3 of 9 steps, 1 skipped for a broken number." in page.locator("#about").inner_text()
+    assert page.locator(".panel path").first.get_attribute("d").count("L") == 1  # two points, one line
+
+
 def test_mistakes_get_one_line_and_status_2(tmp_path, capsys):
     empty = write_run(tmp_path / "empty", [], steps=0)
     broken = write_run(tmp_path / "broken", [])
