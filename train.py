@@ -421,7 +421,7 @@ def settings_and_folder(given: dict) -> tuple[Settings, Path]:
     if not given.get("resume"):
         settings = settings_from(given)
         out = Path(given.get("out", default_out(settings)))
-        if (out / "settings.json").exists():
+        if (out / "settings.json").exists() or checkpoint.checkpoints(out):
             raise UserError(f"{out} already holds a run; go on with --resume --out {out}, or choose another --out")
         return settings, out
     if "out" not in given:
@@ -439,52 +439,49 @@ def check_room(policy, longest_prompt: int, max_new_tokens: int) -> None:
         )
 
 
-def cannot_write(reason: OSError, out: Path) -> str:
-    """What the system said of a file, and what to do."""
-    why = reason.strerror or reason
-    return f"{reason.filename or out}: {why}; expected a folder with room that can be written; what was saved stays"
+def open_run(settings: Settings, out: Path, device: torch.device, resume: bool) -> tuple[CLIPO, ToyTask | DataTask]:
+    """The trainer and its task, as they begin or as the last checkpoint left them. Raises UserError, OSError."""
+    config = settings.config
+    out.mkdir(parents=True, exist_ok=True)
+    if settings.model is None:
+        batches = settings.warm_start_batches
+        settings.model = str(warm_started(out.parent, settings.size, config.seed, batches, device))
+    policy, tokenizer = checkpoint.load_model(settings.model, device)
+    task = ToyTask(config) if settings.data == "toy" else DataTask(config, settings.data, tokenizer)
+    check_room(policy, task.longest_prompt, config.max_new_tokens)
+    try:
+        trainer = CLIPO(policy, tokenizer, are_correct, config)
+    except (ValueError, NotImplementedError) as reason:
+        raise UserError(f"model {settings.model}: {reason}") from reason
+    if saved := checkpoint.newest_whole(out) if resume else None:
+        checkpoint.resume(trainer, saved)
+        checkpoint.publish(saved, out)
+    for file in ("metrics.jsonl", "rollouts.jsonl"):
+        checkpoint.keep_until(out / file, trainer.steps_done)
+    checkpoint.write_text(out / "settings.json", json.dumps(dataclasses.asdict(settings), indent=1))
+    return trainer, task
 
 
 def run(given: dict) -> int:
     """The whole command; returns its exit status. Raises UserError."""
     settings, out = settings_and_folder(given)
     checkpoint.refuse_links(out)
-    device = checkpoint.device_from(given.get("device"))
-    config = settings.config
-
+    device, config = checkpoint.device_from(given.get("device")), settings.config
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if settings.model is None:
-            batches = settings.warm_start_batches
-            settings.model = str(warm_started(out.parent, settings.size, config.seed, batches, device))
-        policy, tokenizer = checkpoint.load_model(settings.model, device)
-        task = ToyTask(config) if settings.data == "toy" else DataTask(config, settings.data, tokenizer)
-        check_room(policy, task.longest_prompt, config.max_new_tokens)
-        try:
-            trainer = CLIPO(policy, tokenizer, are_correct, config)
-        except (ValueError, NotImplementedError) as reason:
-            raise UserError(f"model {settings.model}: {reason}") from reason
-        if saved := checkpoint.newest_whole(out) if given.get("resume") else None:
-            checkpoint.resume(trainer, saved)
-            checkpoint.publish(saved, out)
-        for file in ("metrics.jsonl", "rollouts.jsonl"):
-            checkpoint.keep_until(out / file, trainer.steps_done)
-        checkpoint.write_text(out / "settings.json", json.dumps(dataclasses.asdict(settings), indent=1))
-
+        trainer, task = open_run(settings, out, device, given.get("resume", False))
         if config.weight > 0 and config.steps <= config.head_warmup_steps:
             print(f"all {config.steps} steps are head warm-up (--head-warmup-steps {config.head_warmup_steps}): "
                   "the policy will not change")  # fmt: skip
         early = train(trainer, task, out, given.get("save_every", 20), given.get("log_groups", 2))
         write_report([out])
     except OSError as reason:
-        raise UserError(cannot_write(reason, out)) from reason
+        why = f"{reason.filename or out}: {reason.strerror or reason}"
+        raise UserError(f"{why}; expected a folder with room that can be written; what was saved stays") from reason
     except RuntimeError as reason:
         if not (isinstance(reason, OutOfMemory) or ran_out_of_memory(reason)):
             raise
-        raise UserError(
-            f"out of memory: {reason}; expected a smaller --model, --max-new-tokens or --max-prompt-tokens, or more "
-            "memory; what was saved stays"
-        ) from reason
+        smaller = "a smaller --model, --max-new-tokens or --max-prompt-tokens, or more memory"
+        raise UserError(f"out of memory: {reason}; expected {smaller}; what was saved stays") from reason
     if early:
         go_on = f"python train.py --resume --out {shlex.quote(str(out))}"
         print(f"{early}; saved after step {trainer.steps_done}; to go on: {go_on}")
