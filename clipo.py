@@ -28,6 +28,7 @@ from weakref import WeakSet
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 # =====================================================================================================
@@ -624,9 +625,28 @@ def response_logprobs(
         prefill(model, prompts, cache)
         states = last_states(model, tokens, positions, cache, used=tokens.shape[1])  # (B, T, D)
     mask = rollouts.mask
-    logits = output_logits(model, states[mask]).float() / (temperature or 1.0)  # (N real response tokens, V)
-    logprobs = -F.cross_entropy(logits, rollouts.tokens[mask], reduction="none")  # (N,)
+    logprobs = token_logprobs(model, states[mask], rollouts.tokens[mask], temperature)  # (N real response tokens,)
     return torch.zeros_like(rollouts.logprobs).masked_scatter(mask, logprobs)  # (N,) -> (B, T)
+
+
+LOGITS_AT_ONCE = 2**27  # 0.5 GB of float32; a micro-batch of 16,384 tokens of Qwen2.5 would have 10 GB, and twice over
+
+
+def token_logprobs(model, states: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature) at the given tokens: (N, D), (N,) -> (N,), without all (N, V) logits at once.
+
+    They are computed in chunks of tokens, and each chunk again in the backward pass rather than kept for it.
+    """
+
+    def chunk(states: Tensor, tokens: Tensor) -> Tensor:
+        logits = output_logits(model, states).float() / (temperature or 1.0)  # (n, V)
+        return -F.cross_entropy(logits, tokens, reduction="none")
+
+    size = max(1, LOGITS_AT_ONCE // model.get_output_embeddings().out_features)
+    if len(tokens) <= size:
+        return chunk(states, tokens)
+    parts = zip(states.split(size), tokens.split(size), strict=True)
+    return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts])
 
 
 # =====================================================================================================

@@ -9,6 +9,7 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, CohereConfig, LlamaConfig, MambaConfig, Qwen3NextConfig
 
 import clipo
+from lab.bench import LargestTensor
 
 
 def greedy_by_transformers(model, prompt, eos, length):
@@ -71,7 +72,9 @@ def test_logprobs_and_hidden_equal_a_full_forward_pass(model, temperature):
         torch.testing.assert_close(got.hidden[b], fed_back.mean(0), atol=1e-4, rtol=1e-4)
 
 
-def test_response_logprobs_and_their_gradient_equal_a_plain_computation(model):
+@pytest.mark.parametrize("at_once", [clipo.LOGITS_AT_ONCE, 7 * 50])  # all tokens, or chunks of seven
+def test_response_logprobs_and_their_gradient_equal_a_plain_computation(model, at_once, monkeypatch):
+    monkeypatch.setattr(clipo, "LOGITS_AT_ONCE", at_once)
     model = copy.deepcopy(model)
     rollouts = clipo.generate(
         model, PROMPTS, samples_per_prompt=2, max_new_tokens=12, eos_token_id=often_chosen(model, 3),
@@ -92,6 +95,14 @@ def test_response_logprobs_and_their_gradient_equal_a_plain_computation(model):
         (expected * weights[b, : len(response)]).sum().backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(gradient[name], p.grad, atol=1e-3, rtol=1e-3)
+
+
+def test_all_logits_never_exist_at_once(qwen2, monkeypatch):
+    monkeypatch.setattr(clipo, "LOGITS_AT_ONCE", 7 * 50)
+    states = torch.randn(400, 32, requires_grad=True)
+    with LargestTensor() as largest:
+        clipo.token_logprobs(qwen2, states, torch.arange(400) % 50, 1.0).sum().backward()
+    assert states.grad.abs().sum() > 0 and largest.elements == 400 * 32  # the states, not 400 * 50 logits
 
 
 def test_same_seed_same_rollouts_and_others_do_not_matter(model):
