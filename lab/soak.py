@@ -33,9 +33,10 @@ SMALLEST = (
 
 def watch(steps: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """The run: samples (N, 3) of steps done, MB of memory and open files; and seconds of each step (steps,)."""
-    out = folder / "run"
+    out, said = folder / "run", folder / "said"  # (a pipe that nobody reads would fill up and stop the run)
     command = [sys.executable, str(ROOT / "train.py"), *SMALLEST.split(), "--steps", str(steps), "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with said.open("w") as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
     here, samples = Path("/proc") / str(process.pid), []
     metrics = out / "metrics.jsonl"
     while process.poll() is None:
@@ -48,7 +49,7 @@ def watch(steps: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:
             except OSError:  # it has just ended
                 break
     if process.wait():
-        raise RuntimeError(f"the run failed:\n{process.stderr.read()[-2000:]}")
+        raise RuntimeError(f"the run failed:\n{said.read_text(encoding='utf-8')[-2000:]}")
     rows = checkpoint.read_lines(metrics)
     return np.array(samples), np.array([sum(row["seconds"].values()) for row in rows])
 
