@@ -71,6 +71,7 @@ TRACK1 = {
     "paper's constants, shuffled": Arm(PAPER | SHUFFLED),
 }
 
+FRESH = {arm: TRACK1[arm] for arm in ("GRPO", "CLIPO", "CLIPO, shuffled")}
 BASELINES = {
     name + plus: Arm(config | weight, against)
     for name, config in {
@@ -462,6 +463,7 @@ class Experiment:
     arms: dict[str, Arm]
     seeds: int = 4
     figure: Callable[[Lines, Path], None] | None = None
+    first: int = 0  # seed
 
 
 EXPERIMENTS = {  # the most important first: `all` may be stopped
@@ -477,6 +479,7 @@ EXPERIMENTS = {  # the most important first: `all` may be stopped
     "head": Experiment("The contrastive head", HEAD),
     "weight": Experiment("Weight lambda", WEIGHT),
     "groupsize": Experiment("Group size at equal rollouts per step", GROUP_SIZE),
+    "fresh": Experiment("Track I on seeds that nothing was chosen by", FRESH, 8, first=8),
 }
 NAMES = [*EXPERIMENTS, "tsne", "all"]
 FROZEN = {**RUNGS, **ALONE, **WITHOUT}
@@ -487,10 +490,15 @@ def frozen_run(seed: int) -> Run:
     return Run("frozen", seed, {arm: Arm(config).run(seed).config for arm, config in FROZEN.items()})
 
 
+def seeds_of(experiment: Experiment, seeds: int | None) -> range:
+    """Its own number of seeds, or another."""
+    return range(experiment.first, experiment.first + (seeds or experiment.seeds))
+
+
 def wanted(name: str, seeds: int | None, steps: int | None) -> list[Run]:
     """All runs of an experiment, seed by seed, so that a stopped command leaves whole seeds."""
     experiment = EXPERIMENTS[name]
-    runs = [arm.run(seed, steps) for seed in range(seeds or experiment.seeds) for arm in experiment.arms.values()]
+    runs = [arm.run(seed, steps) for seed in seeds_of(experiment, seeds) for arm in experiment.arms.values()]
     return runs + [frozen_run(seed) for seed in FROZEN_SEEDS if name == "mechanism" and not steps]
 
 
@@ -498,17 +506,18 @@ def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps:
     """The table of an experiment, and its figure, from the lines that are there. False if it has none of its own."""
     experiment = EXPERIMENTS[name]
     lines: Lines = {
-        arm: [known[key] for seed in range(seeds or experiment.seeds) if (key := spec.run(seed, steps).key) in known]
+        arm: [known[key] for seed in seeds_of(experiment, seeds) if (key := spec.run(seed, steps).key) in known]
         for arm, spec in experiment.arms.items()
     }
     used = {id(line): line for part in lines.values() for line in part}.values()
-    shared = [] if experiment.arms is TRACK1 else [spec.run(0, steps) for spec in TRACK1.values()]
+    is_own = experiment.arms is TRACK1 or experiment.first > 0
+    shared = [] if is_own else [spec.run(0, steps) for spec in TRACK1.values()]
     if not any(lines[arm] for arm, spec in experiment.arms.items() if spec.run(0, steps) not in shared):
         return False
-    expected, arms = seeds or experiment.seeds, experiment.arms
+    expected, arms = len(seeds_of(experiment, seeds)), experiment.arms
     missing = [f"{arm} ({len(part)} of {expected} seeds)" for arm, part in lines.items() if len(part) < expected]
     if not any(arm.world for arm in arms.values()):
-        starts = [CLIPO.run(seed, steps).start.key for seed in range(expected)]
+        starts = [CLIPO.run(seed, steps).start.key for seed in seeds_of(experiment, seeds)]
         arms = {"warm start": Arm(against=None), **arms}
         lines["warm start"] = [known[key] for key in starts if key in known]
     parts = [f"# {experiment.title}", provenance(name, list(used)), comparison(arms, lines)]
@@ -575,7 +584,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("name", metavar="NAME", choices=NAMES, help="what to run and draw")
     parser.add_argument("--draw", action="store_true", help="only draw, from the runs that are there")
-    parser.add_argument("--seeds", type=int, metavar="N", help="fewer or more seeds: 0, 1, ..., N - 1")
+    parser.add_argument("--seeds", type=int, metavar="N", help="fewer or more seeds")
     parser.add_argument("--steps", type=int, metavar="N", help="shorter runs, to try the command")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="default: results; runs/trial with --seeds or --steps"
