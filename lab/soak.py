@@ -84,8 +84,8 @@ def draw(samples: np.ndarray, seconds: np.ndarray, file: Path) -> None:
     width = max(1, len(seconds) // 40)
     blocks = [np.median(seconds[i : i + width]) for i in range(0, len(seconds), width)]
     axes[2].plot(np.arange(len(blocks)) * width + width / 2, 1000 * np.array(blocks), color="black", label="median")
-    axes[2].set_ylim(0, 3000 * np.median(seconds))
     axes[2].legend()
+    tops = (1.2 * samples[:, 1].max(), 1.2 * samples[:, 2].max(), 3000 * np.median(seconds))
     for axis, title, unit in zip(axes, ("Memory", "Open files", "Time of a step"), ("MB", "number", "ms"), strict=True):
         axis.set(title=title, xlabel="step", ylabel=unit)
         axis.set_ylim(bottom=0)
