@@ -86,9 +86,9 @@ def draw(samples: np.ndarray, seconds: np.ndarray, file: Path) -> None:
     axes[2].plot(np.arange(len(blocks)) * width + width / 2, 1000 * np.array(blocks), color="black", label="median")
     axes[2].legend()
     tops = (1.2 * samples[:, 1].max(), 1.2 * samples[:, 2].max(), 3000 * np.median(seconds))
-    for axis, title, unit in zip(axes, ("Memory", "Open files", "Time of a step"), ("MB", "number", "ms"), strict=True):
-        axis.set(title=title, xlabel="step", ylabel=unit)
-        axis.set_ylim(bottom=0)
+    titles, units = ("Memory", "Open files", "Time of a step"), ("MB", "number", "ms")
+    for axis, title, unit, top in zip(axes, titles, units, tops, strict=True):
+        axis.set(title=title, xlabel="step", ylabel=unit, ylim=(0, top))
         axis.grid(alpha=0.3)
     figure.savefig(file, dpi=110, metadata={"Software": None})
     plt.close(figure)
