@@ -20,7 +20,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -1429,12 +1429,12 @@ class CLIPO:
         """G rollouts per prompt from the current policy."""
         state = random.get_state()
 
-        def attempt(max_batch: int) -> Rollouts:
+        def attempt(max_batch: int, max_new_tokens: int = self.config.max_new_tokens) -> Rollouts:
             return generate(
                 self.policy,
                 prompts,
                 samples_per_prompt=self.config.samples_per_prompt,
-                max_new_tokens=self.config.max_new_tokens,
+                max_new_tokens=max_new_tokens,
                 eos_token_id=self.stop_ids,
                 temperature=self.config.temperature,
                 generator=random.set_state(state),
@@ -1442,7 +1442,7 @@ class CLIPO:
                 cuda_graphs=self.config.cuda_graphs,
             )
 
-        return self.in_memory("max_batch", attempt, least=1)
+        return self.in_memory("max_batch", attempt, 1, lambda tokens: attempt(1, tokens))
 
     def verify(self, rollouts: Rollouts, answers: Sequence[str]) -> tuple[list[str], Tensor]:
         """The responses as text, and r: is the final answer right? (B,) bool."""
@@ -1521,8 +1521,18 @@ class CLIPO:
             self.policy_optimizer.zero_grad(set_to_none=True)
             return self.gather_gradient(prompts, rollouts, advantage, micro_batch_tokens)
 
+        def one_of(tokens: int) -> None:
+            row = rollouts.mask.sum(-1).argmax()[None]
+            cut = replace(
+                one := rollouts.select(row),
+                tokens=one.tokens[:, :tokens],
+                mask=one.mask[:, :tokens],
+                logprobs=one.logprobs[:, :tokens],
+            )
+            self.gather_gradient(prompts, cut, advantage[row], tokens)
+
         longest = int(rollouts.mask.sum(-1).max())
-        metrics = self.in_memory("micro_batch_tokens", attempt, least=longest)
+        metrics = self.in_memory("micro_batch_tokens", attempt, longest, one_of)
         return {**metrics, "policy_grad_norm": self.descend(self.policy_optimizer, "update")}
 
     def gather_gradient(
@@ -1573,24 +1583,32 @@ class CLIPO:
         optimizer.zero_grad(set_to_none=True)
         return norm.item()
 
-    def in_memory(self, size: str, attempt: Callable[[int], Any], least: int):
+    def in_memory(self, size: str, attempt: Callable[[int], Any], least: int, one_of: Callable[[int], Any]):
         """attempt(n) with n = self.sizes[size], which is halved for good, down to `least`, while memory runs out.
 
-        Less at a time takes longer and computes the same. Raises OutOfMemory if `least` does not fit either.
+        Less at a time takes longer and computes the same. Raises OutOfMemory if `least` does not fit either; it says
+        for how many tokens a single rollout would, which `one_of(tokens)` tries.
         """
-        while True:
-            n = self.sizes[size]
-            try:
-                return attempt(n)
-            except RuntimeError as error:
-                if not ran_out_of_memory(error):
-                    raise
-                reason = str(error).split(". ")[0]
-            if n <= least:  # (outside of the except clause, where the error would keep what was allocated)
-                raise OutOfMemory(f"{size} is down to {n}, the least there is, and that does not fit: {reason}")
-            if self.policy.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self.sizes[size] = max(n // 2, least)
+        while (result := self.unless_memory_runs_out(lambda: attempt(self.sizes[size]))) is None:
+            if self.sizes[size] <= least:
+                tokens = self.config.max_new_tokens // 2
+                while tokens and self.unless_memory_runs_out(lambda: (one_of(tokens),)) is None:  # noqa: B023
+                    tokens //= 2
+                fits = f"one of up to {tokens} would" if tokens else "nor does one of a single token"
+                raise OutOfMemory(f"a rollout of up to {self.config.max_new_tokens} tokens does not fit, {fits}")
+            self.sizes[size] = max(self.sizes[size] // 2, least)
+        return result
+
+    def unless_memory_runs_out(self, attempt: Callable[[], Any]):
+        """Its result, or None: what it had allocated is free again."""
+        try:
+            return attempt()
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
+        if self.policy.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
 
     def describe(self, scored: Scored) -> dict:
         """The metrics of a step that follow from its rollouts. Rewards are per rollout, entropy in nats per token."""

@@ -480,8 +480,10 @@ def run(given: dict) -> int:
     except RuntimeError as reason:
         if not (isinstance(reason, OutOfMemory) or ran_out_of_memory(reason)):
             raise
-        smaller = "a smaller --model, --max-new-tokens or --max-prompt-tokens, or more memory"
-        raise UserError(f"out of memory: {reason}; expected {smaller}; what was saved stays") from reason
+        why = f"out of memory: {str(reason).splitlines()[0]}"
+        raise UserError(
+            f"{why}; expected a smaller --max-new-tokens or model, or more memory; what was saved stays"
+        ) from reason
     if early:
         go_on = f"python train.py --resume --out {shlex.quote(str(out))}"
         print(f"{early}; saved after step {trainer.steps_done}; to go on: {go_on}")

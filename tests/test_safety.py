@@ -381,6 +381,38 @@ def test_with_less_memory_rollouts_run_in_waves_and_stay_the_same(monkeypatch):
         torch.testing.assert_close(getattr(little.last.rollouts, name), getattr(plenty.last.rollouts, name))
 
 
+@pytest.mark.parametrize(
+    "room, said", [(14, "one of up to 4 would"), (10, "nor does one of a single token")]
+)  # slots; the prompt takes 10
+def test_a_rollout_that_cannot_fit_ends_with_the_number_that_would(monkeypatch, room, said):
+    t, cache = trainer(max_new_tokens=9), clipo.KVCache
+
+    def on_a_small_machine(rows, slots):
+        if slots > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return cache(rows, slots)
+
+    monkeypatch.setattr(clipo, "KVCache", on_a_small_machine)
+    with pytest.raises(clipo.OutOfMemory, match=f"a rollout of up to 9 tokens does not fit, {said}"):
+        t.step(PROMPTS, ANSWERS)
+    assert t.sizes["max_batch"] == 1
+
+
+def test_an_update_that_cannot_fit_ends_with_the_number_that_would(monkeypatch):
+    t, response_logprobs = trainer(max_new_tokens=9), clipo.response_logprobs
+
+    def on_a_small_machine(model, prompts, rollouts, **options):
+        if rollouts.tokens.numel() > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return response_logprobs(model, prompts, rollouts, **options)
+
+    monkeypatch.setattr(clipo, "response_logprobs", on_a_small_machine)
+    before = weights(t.policy)
+    with pytest.raises(clipo.OutOfMemory, match="a rollout of up to 9 tokens does not fit, one of up to 2 would"):
+        t.step(PROMPTS, ANSWERS)
+    assert same(before, weights(t.policy))
+
+
 def test_what_cannot_fit_ends_with_one_line(tmp_path, monkeypatch, capsys):
     def too_little(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has ...")
@@ -389,8 +421,10 @@ def test_what_cannot_fit_ends_with_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(clipo, "check_model", lambda model: None)
     assert train.main([*TINY_RUN, "--steps", "2", "--out", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("error: out of memory: max_batch is down to 1, the least there is, and that does not fit:")
-    assert "expected a smaller --model, --max-new-tokens" in said
+    assert said == (
+        "error: out of memory: a rollout of up to 8 tokens does not fit, nor does one of a single token; expected a "
+        "smaller --max-new-tokens or model, or more memory; what was saved stays"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------
