@@ -479,7 +479,7 @@ EXPERIMENTS = {  # the most important first: `all` may be stopped
     "head": Experiment("The contrastive head", HEAD),
     "weight": Experiment("Weight lambda", WEIGHT),
     "groupsize": Experiment("Group size at equal rollouts per step", GROUP_SIZE),
-    "fresh": Experiment("Track I on seeds that nothing was chosen by", FRESH, 8, first=8),
+    "fresh": Experiment("Track I on seeds that nothing was chosen by", FRESH, first=8),
 }
 NAMES = [*EXPERIMENTS, "tsne", "all"]
 FROZEN = {**RUNGS, **ALONE, **WITHOUT}
