@@ -202,7 +202,7 @@ def newest_whole(out: Path) -> Path | None:
 
 def resume(trainer: CLIPO, folder: Path) -> None:
     """Bring a freshly made trainer (of the run's first model and settings) to the state in `folder`."""
-    model, _ = load_model(str(folder), trainer.policy.device)
+    model, _ = load_model(str(folder), "cpu")  # a GPU need not hold it twice
     trainer.policy.load_state_dict(model.state_dict())
     device = str(trainer.policy.device)
     trainer.head.load_state_dict(load_file(folder / "head.safetensors", device=device))

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -48,6 +48,19 @@ class OptionParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"error: {message}; --help lists every option\n")
+
+
+def status_of(command: Callable[[], None]) -> int:
+    """Run a command: 0, or 2 and one line for a user's mistake or a file that cannot be written."""
+    try:
+        command()
+    except UserError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return 2
+    except OSError as reason:
+        print(f"error: {reason.filename}: {reason.strerror}; expected a folder that can be written", file=sys.stderr)
+        return 2
+    return 0
 
 
 @dataclass(frozen=True)

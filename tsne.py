@@ -32,7 +32,7 @@ from sklearn.neighbors import NearestNeighbors
 import checkpoint
 import clipo
 import toy
-from problems import SUFFIX, OptionParser, Problem, UserError, are_correct, load_problems, prompt_ids
+from problems import SUFFIX, OptionParser, Problem, UserError, are_correct, load_problems, prompt_ids, status_of
 
 # ----------------------------------------------------------------------------------------------------
 # Numbers that belong to a panel
@@ -293,10 +293,9 @@ def run(given: argparse.Namespace) -> None:
             problems = load_problems(data)[: given.questions]
         last = Path(given.runs[-1])
         out = given.out or (last if last.is_dir() else Path())
-        found = panels(given.runs, problems, given)
-        out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)  # before the work, which would be lost
         points = out / "tsne.npz"
-        save_points(found, points)
+        save_points(panels(given.runs, problems, given), points)
     found = load_points(points)  # also what was just made: it is rounded, and --redraw shall give the same picture
     for name, by_question in (("tsne.png", False), ("tsne-questions.png", True)):
         draw(found, out / name, perplexity=given.perplexity, seed=given.seed, by_question=by_question)
@@ -306,15 +305,7 @@ def run(given: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
-        run(parser().parse_args(arguments))
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return 2
-    except OSError as reason:
-        print(f"error: {reason.filename}: {reason.strerror}; expected a folder that can be written", file=sys.stderr)
-        return 2
-    return 0
+    return status_of(lambda: run(parser().parse_args(arguments)))
 
 
 if __name__ == "__main__":

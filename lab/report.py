@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import checkpoint
-from problems import OptionParser, UserError
+from problems import OptionParser, UserError, status_of
 
 TEMPLATE = Path(__file__).with_name("report.html")
 BUDGET = 3_500_000  # characters of groups on a page: it stays well under 5 MB
@@ -130,6 +130,8 @@ def page(runs: Sequence[dict]) -> str:
 
 def write_report(folders: Sequence[Path]) -> Path:
     """Write the page of one run, or of two, into the first one's folder. Raises UserError."""
+    if len(folders) > 2:
+        raise UserError(f"{len(folders)} runs are given; expected one or two")
     file = folders[0] / "report.html"
     checkpoint.write_text(file, page([read_run(folder) for folder in folders]))
     return file
@@ -141,17 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="one or two folders of runs of train.py")
     given = parser.parse_args(arguments)
-    try:
-        if len(given.runs) > 2:
-            raise UserError(f"{len(given.runs)} runs are given; expected one or two")
-        print(write_report(given.runs))
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return 2
-    except OSError as reason:
-        print(f"error: {reason.filename}: {reason.strerror}; expected a folder that can be written", file=sys.stderr)
-        return 2
-    return 0
+    return status_of(lambda: print(write_report(given.runs)))
 
 
 if __name__ == "__main__":
