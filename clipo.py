@@ -113,6 +113,12 @@ class Cache:
         return 0
 
 
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that a matrix product of this tensor has: its own, or autocast's."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
 class KVCache(Cache):
     """For rollouts: keys and values of all layers, preallocated.
 
@@ -147,9 +153,7 @@ class KVCache(Cache):
     def allocate(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
         """On a layer's first use, as the model itself tells heads, width, dtype and device."""
         if layer_idx == len(self.layers):
-            # Under autocast the products are in bfloat16 anyway: keep them so, or each step would cast all of it.
-            kind = keys.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else keys.dtype
+            dtype = product_dtype(keys)  # or each step would cast all of it
             shape = self.rows, keys.shape[1], self.slots
             self.layers.append(tuple(new.new_zeros(*shape, new.shape[3], dtype=dtype) for new in (keys, values)))
 
@@ -222,10 +226,9 @@ def attention_mask(positions: Tensor, keys: Tensor, window: int | None, dtype: t
 
 def last_states(model, tokens: Tensor, positions: Tensor, cache: Cache, used: int) -> Tensor:
     """Run tokens (B, Q) at positions (B or 1, Q) through the model; last layer's states after the norm, (B, Q, D)."""
-    keys = cache.begin(positions, used)
+    keys, dtype = cache.begin(positions, used), product_dtype(model.get_input_embeddings().weight)
     masks = {
-        kind: attention_mask(positions, keys, window, model.dtype)
-        for kind, window in attention_windows(model.config).items()
+        kind: attention_mask(positions, keys, window, dtype) for kind, window in attention_windows(model.config).items()
     }
     output = model.base_model(
         input_ids=tokens,
@@ -1126,6 +1129,11 @@ def setting(default, meaning: str, source: str, *, low=None, high=None, above=No
     return field(default=default, metadata=about)
 
 
+def computes_in_bfloat16(device: str) -> bool:
+    """Does this kind of device have bfloat16 instructions? (Some CPUs: a 34M model's step takes half the time.)"""
+    return device == "cuda" or (device == "cpu" and torch.cpu._is_avx512_bf16_supported())
+
+
 # What each track sets differently from the defaults of CLIPOConfig. "math" is the paper's second track.
 TRACKS: dict[str, dict] = {
     "gsm8k": {},
@@ -1234,6 +1242,10 @@ class CLIPOConfig:
                 f"overlong_buffer is {self.overlong_buffer}; expected at most max_new_tokens, {self.max_new_tokens}"
             )
 
+    def in_bfloat16(self, device: str) -> bool:
+        """Are matrix products computed in bfloat16 on this kind of device?"""
+        return {"auto": computes_in_bfloat16(device), "float32": False, "bfloat16": True}[self.compute_dtype]
+
     @classmethod
     def for_track(cls, track: str, *, paper: bool = False, **chosen) -> CLIPOConfig:
         """The settings of a track, with `chosen` on top. On the toy world, `paper` selects the paper's constants of
@@ -1331,11 +1343,6 @@ def end_of_sequence_ids(model, tokenizer) -> list[int]:
     return [ids] if isinstance(ids, int) else list(ids)
 
 
-def computes_in_bfloat16(device: str) -> bool:
-    """Does this kind of device have bfloat16 instructions? (Some CPUs: a 34M model's step takes half the time.)"""
-    return device == "cuda" or (device == "cpu" and torch.cpu._is_avx512_bf16_supported())
-
-
 class CLIPO:
     """The trainer: policy, frozen reference, contrastive head and two optimisers; `step` is one training step.
 
@@ -1352,7 +1359,7 @@ class CLIPO:
         self.reference = None
         if config.beta > 0:
             self.reference = copy.deepcopy(policy).requires_grad_(False)
-            if self.in_bfloat16:
+            if config.in_bfloat16(policy.device.type):
                 self.reference.bfloat16()  # nobody updates it
         with torch.random.fork_rng(devices=[]):  # the head's first weights disturb nobody's random numbers
             torch.manual_seed(config.seed)
@@ -1685,12 +1692,6 @@ class CLIPO:
             "cut_off": 1 - share(ended.any(-1)),
         }
 
-    @property
-    def in_bfloat16(self) -> bool:
-        """Are matrix products computed in bfloat16?"""
-        auto = computes_in_bfloat16(self.policy.device.type)
-        return {"auto": auto, "float32": False, "bfloat16": True}[self.config.compute_dtype]
-
     def mixed_precision(self):
         """bfloat16 matrix products over float32 weights: in bfloat16 weights, an update of 1e-6 would round away.
 
@@ -1699,7 +1700,8 @@ class CLIPO:
         decodes 1.0 to 1.2 times as fast (34M and 0.5B models on a CPU), but its log-probs are off from those of the
         update by 0.010 a token, these by 0.002.
         """
-        return torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.in_bfloat16)
+        device = self.policy.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.config.in_bfloat16(device))
 
     @contextmanager
     def phase(self, name: str, seconds: dict[str, float]):

@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import os
 import random
 import shlex
@@ -34,6 +35,7 @@ import checkpoint
 import toy
 from clipo import CLIPO, INFORMATIVE, TRACKS, CLIPOConfig, OutOfMemory, Scored, ran_out_of_memory
 from eval import wilson
+from lab.memory import Plan, memory_plan
 from lab.report import write_report
 from problems import SUFFIX, TRAINING_SETS, OptionParser, Problem, UserError, are_correct, load_problems, prompt_ids
 
@@ -48,11 +50,8 @@ class ToyTask:
     suffix = ""
 
     def __init__(self, config: CLIPOConfig, world: toy.World = toy.WORLD):
-        self.config, self.world, self.longest_prompt = (
-            config,
-            world,
-            config.max_prompt_tokens,
-        )  # stories are far shorter
+        self.config, self.world = config, world
+        self.longest_prompt = config.max_prompt_tokens  # stories are far shorter
 
     def problems(self, step: int) -> list[toy.Story]:
         return self.stories(f"train {self.config.seed} {step}")
@@ -371,6 +370,14 @@ def show_step(bar: tqdm, metrics: dict, sizes_before: dict[str, int], sizes: dic
     bar.update()
 
 
+def show_plan(plan: Plan, device: torch.device) -> None:
+    """The memory plan, and whether the GPU has so much."""
+    print(plan)
+    has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+    if plan.peak > has:
+        print(f"  the GPU has {has / 1e9:.1f} GB; a lower --max-batch or --micro-batch-tokens takes less")
+
+
 def toy_table(base: dict, trained: dict, count: int) -> str:
     """Base and trained model on `count` stories of every level, in percent with 95% intervals."""
     lines = [f"{f'greedy, {count} stories a level':32}{'base':>18}{'trained':>18}"]
@@ -472,6 +479,7 @@ def run(given: dict) -> int:
         if config.weight > 0 and config.steps <= config.head_warmup_steps:
             print(f"all {config.steps} steps are head warm-up (--head-warmup-steps {config.head_warmup_steps}): "
                   "the policy will not change")  # fmt: skip
+        show_plan(memory_plan(trainer.policy, config, task.longest_prompt, config.in_bfloat16(device.type)), device)
         early = train(trainer, task, out, given.get("save_every", 20), given.get("log_groups", 2))
         write_report([out])
     except OSError as reason:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import platform
 import random
@@ -38,6 +39,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 import clipo
 import problems
 from clipo import CLIPO, CLIPOConfig
+from lab.memory import memory_plan, peak_bytes
 
 # name: vocabulary, width, feed-forward, layers, heads, key/value heads. The last two are Qwen2.5's.
 SIZES = {
@@ -468,6 +470,74 @@ def draw_step(rows: list[dict], file: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------
+# The update alone: how far from the machine's best, and how near the memory plan
+# ----------------------------------------------------------------------------------------------------
+
+
+def update_loads(machine: Machine) -> list[Load]:
+    if machine.quick:
+        return [Load("1M", 2, 4, 16)]
+    if machine.on_gpu:
+        return [Load("0.5B", 16, 16, 1024), Load("1.5B", 16, 16, 1024)]
+    return [Load("1M", 16, 16, 128), Load("34M", 8, 16, 128), Load("0.5B", 2, 4, 64)]
+
+
+def some_rollouts(machine: Machine, load: Load) -> clipo.Rollouts:
+    """Random tokens; lengths spread evenly from T / 4 to T."""
+    B = load.P * load.G
+    group = torch.arange(load.P, device=machine.device).repeat_interleave(load.G)
+    rollouts = clipo.Rollouts.blank(group, load.T, SIZES[load.size][1], pad=1)
+    lengths = torch.linspace(load.T / 4, load.T, B, device=machine.device).long()
+    rollouts.mask[:] = torch.arange(load.T, device=machine.device) < lengths[:, None]
+    rollouts.tokens.random_(2, SIZES[load.size][0])
+    rollouts.logprobs[rollouts.mask] = -math.log(SIZES[load.size][0])
+    return rollouts
+
+
+def update_flops(model, prompts: Sequence[Sequence[int]], rollouts: clipo.Rollouts) -> float:
+    """Of forward and backward pass: three forward passes' worth. What is computed twice to save memory counts once."""
+    weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+    output = model.get_output_embeddings().weight.numel()  # a prompt's tokens need no logits
+    lengths = rollouts.mask.sum(-1).tolist()
+    before = [len(prompts[g]) for g in rollouts.group.tolist()]
+    looked_at = sum(n * start + n * n // 2 for n, start in zip(lengths, before, strict=True))
+    forward = 2 * weights * sum(lengths) + 2 * (weights - output) * sum(map(len, prompts))
+    forward += 4 * looked_at * model.config.hidden_size * model.config.num_hidden_layers
+    return 3 * forward
+
+
+def update_table(machine: Machine) -> list[dict]:
+    """The policy update on given rollouts, with activations kept and computed again."""
+    rows, (rate, _) = [], machine.rates()
+    for load in update_loads(machine):
+        for recompute in (False, True):
+            trainer = make_trainer(machine, load, [1], recompute_activations=recompute, micro_batch_tokens=8192)
+            prompts, rollouts = make_prompts(load), some_rollouts(machine, load)
+            advantage = torch.randn(len(rollouts.group), device=machine.device)
+
+            def update(_=None, trainer=trainer, prompts=prompts, rollouts=rollouts, advantage=advantage) -> None:
+                trainer.update(prompts, rollouts, advantage)
+
+            update()  # the optimiser's moments exist from here on
+            peak = peak_bytes(update, machine.device)
+            seconds = statistics.median(compare(machine, {"update": update})["update"])
+            plan = memory_plan(trainer.policy, trainer.config, max(map(len, prompts)), machine.dtype == torch.bfloat16)
+            rows.append(
+                {
+                    "load": str(load),
+                    "activations": "computed again" if recompute else "kept",
+                    "s": f"{seconds:.2f}",
+                    "tokens/s": f"{int(rollouts.mask.sum()) / seconds:,.0f}",
+                    "of the matmul rate": f"{update_flops(trainer.policy, prompts, rollouts) / seconds / rate:.0%}",
+                    "update's GB, planned": f"{sum(plan.update.values()) / 1e9:.2f}",
+                    "measured": f"{peak / 1e9:.2f}",
+                    "in all, planned": f"{plan.peak / 1e9:.2f}",
+                }
+            )
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------
 # How cost grows
 # ----------------------------------------------------------------------------------------------------
 
@@ -565,6 +635,7 @@ TABLES: dict[str, Callable[[Machine], list[dict]]] = {
     "rollouts": rollouts_table,
     "trl": trl_table,
     "step": step_table,
+    "update": update_table,
     "growth": growth_table,
     "grading": grading_table,
 }

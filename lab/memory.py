@@ -1,0 +1,188 @@
+"""How much memory will a run take, and for what? A plan from the model's shape and the settings, before the first step.
+
+    python -m lab.memory                                               the models and cards that the README names
+    python -m lab.memory --model Qwen/Qwen2.5-0.5B-Instruct            with any options of train.py
+
+`train.py` prints the plan of its run as it begins. A test holds it within 15% of what was measured, for models of two
+sizes; `python -m lab.bench update` compares the two on any machine.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+
+import clipo
+from clipo import CLIPOConfig
+from problems import UserError, status_of
+
+
+@dataclass
+class Plan:
+    """Bytes by what they are for. Rollouts and update take turns; what lasts is there all the time."""
+
+    lasting: dict[str, float] = field(default_factory=dict)
+    rollouts: dict[str, float] = field(default_factory=dict)
+    update: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> float:
+        """Bytes at most at one time."""
+        return sum(self.lasting.values()) + max(sum(self.rollouts.values()), sum(self.update.values()))
+
+    def __str__(self):
+        unit, name = (1e9, "GB") if self.peak >= 1e9 else (1e6, "MB")
+        lines = [f"memory, planned: {self.peak / unit:.1f} {name} at most"]
+        for title, parts in (("always", self.lasting), ("and rollouts", self.rollouts), ("or the update", self.update)):
+            words = ", ".join(f"{part} {size / unit:.1f}" for part, size in parts.items() if size)
+            lines.append(f"  {title:13} {sum(parts.values()) / unit:6.1f}  = {words}")
+        return "\n".join(lines)
+
+
+def memory_plan(model: nn.Module, config: CLIPOConfig, longest_prompt: int, bfloat16: bool) -> Plan:
+    """The memory that training `model` with `config` takes, if all prompts and rollouts are as long as they may be.
+
+    model: a causal LM of the Llama family (gated feed-forward; for others the activations are a guess). It may be on
+    the device "meta", with a shape but no weights. bfloat16: are matrix products computed in it?
+    """
+    shape, product = model.config, 2 if bfloat16 else 4  # bytes of a number that a matrix product made
+    D, V, layers = shape.hidden_size, shape.vocab_size, shape.num_hidden_layers
+    FF = getattr(shape, "intermediate_size", None) or 4 * D
+    head_width = getattr(shape, "head_dim", None) or D // shape.num_attention_heads
+    KV = head_width * (getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads)  # all key heads' width
+    weights = sum(p.numel() for p in model.parameters())
+    matrices = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+    copies = 2 * matrices if bfloat16 else 0  # made by autocast, for as long as a phase lasts
+    B, T = config.prompts_per_step * config.samples_per_prompt, config.max_new_tokens
+    head = D * config.d_embed + (D * D if config.head_mlp else 0)
+
+    plan = Plan()
+    plan.lasting = {"weights": 4 * weights, "optimiser": 8 * weights + 12 * head}
+    if config.beta > 0:
+        plan.lasting["reference"] = product * weights
+    plan.lasting["last step's rollouts"] = 13 * B * T  # a token's id, log-prob and mask
+
+    rows, slots = min(B, config.max_batch), longest_prompt + T
+    prompts = math.ceil(rows / config.samples_per_prompt) * longest_prompt  # tokens of a prefill
+    plan.rollouts = {
+        "bfloat16 copy": copies,
+        "cache": product * 2 * layers * KV * (rows * slots + prompts),
+        "rollouts": 17 * B * T,  # with a random number for each token
+        # Prefill holds a layer's activations; decoding holds logits, log-probs, probabilities and their sums.
+        "activations, logits": max(prompts * (8 * D + 3 * product * FF), rows * V * (12 + product)),
+    }
+
+    R = min(B, max(1, config.micro_batch_tokens // T))  # rows of one of several micro-batches
+    n, p = R * T, min(R, 16, config.prompts_per_step) * longest_prompt  # its tokens, those of its prompts
+    keys = n + R * longest_prompt  # prompt and response, for every row
+    of_responses, of_prompts = (layer_activations(*part, D, FF, product) for part in ((n, keys), (p, p)))
+    kept, kept_of_prompts = layers * of_responses, (layers - 1) * of_prompts  # (of prompts nobody asks the last layer)
+    if config.recompute_activations:  # a layer's input; of prompts their keys and values too
+        kept, kept_of_prompts = layers * 4 * D * n, ((layers - 1) * 4 * D + layers * (4 + product) * KV) * p
+    chunk = min(n, max(1, clipo.LOGITS_AT_ONCE // V))
+    # The backward pass begins with all activations and the logits. When it has come to the prompts, those of the
+    # responses are gone, but their gradients of all matrices wait for the prompts' to be added.
+    mask = product * keys * T
+    begin = {"activations": kept + kept_of_prompts + 5 * 4 * D * n + mask, "logits": chunk * V * (16 + product)}
+    turn = {"activations": kept_of_prompts + of_responses + mask, "waiting gradients": product * matrices}
+    plan.update = {
+        "gradients": 4 * weights,
+        "bfloat16 copy": copies,
+        **max(begin, turn, key=lambda parts: sum(parts.values())),
+    }
+    return plan
+
+
+def layer_activations(tokens: int, keys: int, D: int, FF: int, product: int) -> float:
+    """Bytes that one layer keeps for the backward pass.
+
+    For each token input and output of both norms in float32 (the output again for each product in bfloat16), queries,
+    attended values, and four of the feed-forward's width; for each key itself and its value, repeated for every head.
+
+    >>> layer_activations(tokens=1, keys=1, D=1, FF=0, product=4)  # 16 + 8 + 8, and 8
+    40
+    """
+    inputs = 8 if product == 4 else 5 * 2
+    return tokens * ((16 + inputs + 2 * product) * D + 4 * product * FF) + keys * 2 * product * D
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """How many bytes more than at its start are allocated at most while `work` runs."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as watched:
+        work()
+    now = most = 0
+    for event in sorted(watched.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+# Qwen2.5's shapes (width, feed-forward, layers, heads, key/value heads, tied embeddings), and the card for each.
+MODELS = {
+    "Qwen2.5-0.5B": ((896, 4864, 24, 14, 2, True), 24),
+    "Qwen2.5-1.5B": ((1536, 8960, 28, 12, 2, True), 48),
+    "Qwen2.5-3B": ((2048, 11008, 36, 16, 2, True), 80),
+}
+
+
+def without_weights(shape) -> nn.Module:
+    """The model of a configuration, on the device "meta"."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(shape)
+
+
+def qwen(width: int, feed_forward: int, layers: int, heads: int, kv_heads: int, tied: bool) -> nn.Module:
+    return without_weights(
+        Qwen2Config(
+            vocab_size=151_936, hidden_size=width, intermediate_size=feed_forward, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied,
+        )
+    )  # fmt: skip
+
+
+def of_name(name: str) -> nn.Module:
+    """The model of a folder or hub name, without its weights. Raises UserError."""
+    try:
+        return without_weights(AutoConfig.from_pretrained(name, trust_remote_code=False))
+    except (OSError, ValueError) as reason:
+        raise UserError(
+            f"model {name} could not be opened: {str(reason).splitlines()[0]} Expected a folder that save_pretrained "
+            "wrote, or the name of a causal language model on the hub"
+        ) from reason
+
+
+def show(arguments: Sequence[str] | None) -> None:
+    """Print the plan of the model that is named, or those of MODELS."""
+    import train  # here, as it prints plans itself
+
+    arguments = sys.argv[1:] if arguments is None else list(map(str, arguments))
+    given = vars(train.parser().parse_args(arguments))
+    config = train.settings_from({"model": "", "max_new_tokens": 1024, "command": "", **given}).config
+    if "model" in given:
+        chosen = {given["model"]: of_name(given["model"])}
+    else:
+        chosen = {f"{name}, for a card of {card} GB": qwen(*shape) for name, (shape, card) in MODELS.items()}
+    for name, model in chosen.items():
+        plan = memory_plan(model, config, config.max_prompt_tokens, config.compute_dtype != "float32")
+        print(f"{name}; prompts of {config.max_prompt_tokens} tokens, responses of {config.max_new_tokens}\n{plan}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return status_of(lambda: show(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

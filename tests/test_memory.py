@@ -1,0 +1,84 @@
+"""The memory plan against what is measured."""
+
+import pytest
+import torch
+from conftest import CONFIGS, make_model
+
+import clipo
+from lab import memory
+from lab.bench import Load, Machine, make_trainer, some_rollouts
+
+CPU = torch.device("cpu")
+
+
+def bytes_of(*tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("load", [Load("1M", 4, 8, 48), Load("34M", 4, 8, 32)], ids=str)
+def test_the_plan_is_within_15_percent_of_the_measured_peak(load, dtype, recompute):
+    machine = Machine(CPU, dtype, runs=1, quick=True)
+    t = make_trainer(machine, load, [1], recompute_activations=recompute, beta=0.001, micro_batch_tokens=512)
+    prompts, rollouts = [[5] * 64] * load.P, some_rollouts(machine, load)
+    rollouts.mask[:] = True  # as long as they may be
+    advantage = torch.randn(len(rollouts.group))
+    t.update(prompts, rollouts, advantage)  # the optimiser has its moments from here on
+
+    def roll_out():
+        with t.mixed_precision():
+            t.roll_out(prompts, t.random(0))
+
+    moments = [m for state in t.policy_optimizer.state.values() for m in state.values()]
+    lasting = bytes_of(*t.policy.parameters(), *t.reference.parameters(), *moments)
+    measured = lasting + max(
+        memory.peak_bytes(roll_out, CPU), memory.peak_bytes(lambda: t.update(prompts, rollouts, advantage), CPU)
+    )
+    plan = memory.memory_plan(t.policy, t.config, 64, dtype == torch.bfloat16)
+    assert plan.peak == pytest.approx(measured, rel=0.15)
+    assert plan.lasting["weights"] == bytes_of(*t.policy.parameters())
+    assert plan.lasting["reference"] == bytes_of(*t.reference.parameters())
+
+
+def test_peak_bytes_counts_what_lives_at_one_time():
+    def work():
+        for _ in range(3):
+            a = torch.empty(1000)
+            b = torch.empty(500)
+            del a, b
+
+    assert memory.peak_bytes(work, CPU) == 6000
+
+
+def test_recomputing_saves_memory():
+    model = make_model(CONFIGS["qwen2"])
+    rollouts = clipo.Rollouts.blank(torch.zeros(8, dtype=torch.long), 100, 32, pad=1)
+    rollouts.mask[:] = True
+
+    def forward_and_backward(recompute):
+        return lambda: clipo.response_logprobs(model, [[3]], rollouts, recompute=recompute).sum().backward()
+
+    kept, again = (memory.peak_bytes(forward_and_backward(recompute), CPU) for recompute in (False, True))
+    assert again < 0.7 * kept
+
+
+@pytest.mark.parametrize("name", list(memory.MODELS))
+def test_the_named_models_fit_their_cards(name):
+    shape, card = memory.MODELS[name]
+    model = memory.qwen(*shape)
+    config = clipo.CLIPOConfig(max_new_tokens=1024)
+    assert config.samples_per_prompt == 16
+    assert memory.memory_plan(model, config, config.max_prompt_tokens, bfloat16=True).peak < 0.95e9 * card
+    billions = sum(p.numel() for p in model.parameters()) / 1e9
+    assert billions == pytest.approx({24: 0.494, 48: 1.544, 80: 3.086}[card], abs=1e-3)  # as their model cards say
+
+
+def test_the_command(tmp_path, capsys):
+    make_model(CONFIGS["llama"]).save_pretrained(tmp_path / "model")
+    assert memory.main(["--model", tmp_path / "model", "--max-new-tokens", "7"]) == 0
+    assert "responses of 7\nmemory, planned: " in capsys.readouterr().out
+    assert memory.main([]) == 0
+    assert "Qwen2.5-3B, for a card of 80 GB; prompts of 512 tokens, responses of 1024" in capsys.readouterr().out
+    assert memory.main(["--model", tmp_path]) == 2
+    assert capsys.readouterr().err.startswith(f"error: model {tmp_path} could not be opened: ")
