@@ -23,7 +23,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from clipo import CLIPO
 from problems import UserError
@@ -44,14 +43,15 @@ def device_from(name: str | None) -> torch.device:
 
 
 def load_tokenizer(source: str):
-    """The tokenizer of a folder or hub model, as its own files describe it.
+    """The tokenizer of a folder or hub model, as its own tokenizer.json describes it.
 
-    For some model types, Qwen2 among them, AutoTokenizer puts the family's tokenizer in place of a generic one
-    that was trained for this model, and the token ids come out wrong without a word. A generic one we open as such.
+    For some model types, Qwen2 among them, AutoTokenizer builds the family's tokenizer from that file's vocabulary,
+    whatever else stands there: a text then falls into other tokens than the model was trained on, without a word.
     """
-    declared = get_tokenizer_config(source).get("tokenizer_class")
-    generic = declared in ("PreTrainedTokenizerFast", "TokenizersBackend")
-    return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(source, trust_remote_code=False)
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, AttributeError):  # it has no such file
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 def load_model(source: str, device: str | torch.device):
