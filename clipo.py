@@ -1343,38 +1343,109 @@ def end_of_sequence_ids(model, tokenizer) -> list[int]:
     return [ids] if isinstance(ids, int) else list(ids)
 
 
-class CLIPO:
-    """The trainer: policy, frozen reference, contrastive head and two optimisers; `step` is one training step.
+class Contrast:
+    """The contrastive half of a trainer: the head, its optimiser, and what agreement is paid.
+
+    d_model: width D of the hidden states. Every random draw of a step follows from (config.seed, step number).
+    """
+
+    def __init__(self, d_model: int, device: torch.device, config: CLIPOConfig):
+        self.config, self.steps_done = config, 0
+        with torch.random.fork_rng(devices=[]):  # the head's first weights disturb nobody's random numbers
+            torch.manual_seed(config.seed)
+            self.head = ContrastiveHead(d_model, config.d_embed, config.head_mlp).to(device)
+        self.head_optimizer = torch.optim.AdamW(
+            self.head.parameters(), lr=config.head_lr, weight_decay=config.head_weight_decay
+        )
+
+    def random(self, purpose: int) -> torch.Generator:
+        """This step's random numbers for one purpose, so that no purpose can disturb another's."""
+        return torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.steps_done) * 3 + purpose)
+
+    def contrast(
+        self, hidden: Tensor, correct: Tensor, group: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, dict]:
+        """Embed rollouts by their hidden states (B, D), which carry no gradient, then train the head on them.
+
+        z (B, E), L (B,), anchors (B,) and drawn positives (B,) are from *before* its update, as the reward is.
+        """
+        config, random, scope = self.config, self.random(1), self.config.contrastive_scope
+        if config.center_hidden:
+            hidden = hidden - group_mean(hidden, group)
+        before, grad_norm = None, None
+        for _ in range(max(1, config.head_steps)):
+            z, drawn = self.head(hidden), None
+            if config.contrastive_kind == "infonce":
+                drawn = draw_positives(correct, group, scope=scope, generator=random)
+            loss, anchors = contrastive_loss(
+                z,
+                correct,
+                group,
+                kind=config.contrastive_kind,
+                temperature=config.contrastive_temperature,
+                scope=scope,
+                positives=drawn,
+            )
+            require_finite("contrast", loss)
+            before = before or (z.detach(), loss.detach(), anchors, drawn)
+            if not anchors.any() or config.head_steps == 0:
+                break  # nothing to learn from, or a fixed head
+            loss[anchors].mean().backward()
+            grad_norm = self.descend(self.head_optimizer, "contrast")
+        return *before, {"head_grad_norm": grad_norm}
+
+    def reward_agreement(self, loss: Tensor, anchors: Tensor, correct: Tensor, group: Tensor) -> Tensor:
+        """rc (B,) with this run's weight, caps and zero point."""
+        config = self.config
+        chance = 0.0
+        if config.reward_from_chance:
+            chance = chance_level(correct, group, kind=config.contrastive_kind, scope=config.contrastive_scope)
+        reward = contrastive_reward(
+            loss,
+            anchors,
+            weight=config.weight,
+            floor=config.reward_floor,
+            ceiling=config.reward_ceiling,
+            chance=chance,
+        )
+        return shuffle_within_groups(reward, anchors, group, self.random(2)) if config.shuffle_contrast else reward
+
+    def descend(self, optimizer: torch.optim.Optimizer, phase: str) -> float:
+        """Clip the gradient, one optimiser step; the gradient's norm before the clip. Raises BrokenNumbers."""
+        parameters = [p for parameters in optimizer.param_groups for p in parameters["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        require_finite(phase, norm)  # that of a gradient with NaN in it is NaN
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm.item()
+
+
+class CLIPO(Contrast):
+    """The trainer: policy, frozen reference, and the contrastive half; `step` is one training step.
 
     policy: a transformers causal LM; tokenizer: its tokenizer; are_correct(response texts, answers) -> list of bool.
-    Every random draw of a step follows from (config.seed, step number), so a run is resumed by its weights,
-    its optimisers and its step number alone. Raises ValueError for a policy that `generate` cannot serve.
+    A run is resumed by its weights, its optimisers and its step number alone.
+
+    Raises ValueError for a policy that `generate` cannot serve.
     """
 
     def __init__(self, policy, tokenizer, are_correct: Callable[..., Sequence[bool]], config: CLIPOConfig):
         self.policy = policy.eval()  # no dropout, so that old and new log-probs are of one policy
         check_model(policy)
-        self.tokenizer, self.are_correct, self.config = tokenizer, are_correct, config
+        super().__init__(policy.get_output_embeddings().in_features, policy.device, config)
+        self.tokenizer, self.are_correct = tokenizer, are_correct
         self.stop_ids = end_of_sequence_ids(policy, tokenizer)
         self.reference = None
         if config.beta > 0:
             self.reference = copy.deepcopy(policy).requires_grad_(False)
             if config.in_bfloat16(policy.device.type):
                 self.reference.bfloat16()  # nobody updates it
-        with torch.random.fork_rng(devices=[]):  # the head's first weights disturb nobody's random numbers
-            torch.manual_seed(config.seed)
-            d_model = policy.get_output_embeddings().in_features
-            self.head = ContrastiveHead(d_model, config.d_embed, config.head_mlp).to(policy.device)
         self.policy_optimizer = torch.optim.AdamW(
             policy.parameters(),
             lr=config.lr,
             weight_decay=config.weight_decay,
             fused=policy.device.type == "cuda",  # the GPU's default makes another copy of all weights on the way
         )
-        self.head_optimizer = torch.optim.AdamW(
-            self.head.parameters(), lr=config.head_lr, weight_decay=config.head_weight_decay
-        )
-        self.steps_done = 0
         self.last: Scored | None = None
         self.sizes = {"max_batch": config.max_batch, "micro_batch_tokens": config.micro_batch_tokens}  # see `in_memory`
 
@@ -1409,7 +1480,7 @@ class CLIPO:
         """The step itself, from rollouts to update; its metrics. Raises BrokenNumbers."""
         rollouts, texts, correct, origin = self.sample(prompts, answers, fresh, seconds)
         with self.phase("contrast", seconds):
-            embedding, loss, anchors, drawn, head_metrics = self.contrast(rollouts, correct)
+            embedding, loss, anchors, drawn, head_metrics = self.contrast(rollouts.hidden, correct, rollouts.group)
             contrastive = self.reward_agreement(loss, anchors, correct, rollouts.group)
         reward = correct.float() + contrastive
         reward += overlong_penalty(rollouts.mask.sum(-1), self.config.max_new_tokens, self.config.overlong_buffer)
@@ -1433,10 +1504,6 @@ class CLIPO:
     def warming_up(self) -> bool:
         """True while only the head learns. Plain GRPO has nothing to wait for."""
         return self.config.weight > 0 and self.steps_done < self.config.head_warmup_steps
-
-    def random(self, purpose: int) -> torch.Generator:
-        """This step's random numbers for one purpose, so that no purpose can disturb another's."""
-        return torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.steps_done) * 3 + purpose)
 
     def sample(
         self, prompts: list, answers: list, fresh: Iterator | None, seconds: dict[str, float]
@@ -1499,53 +1566,6 @@ class CLIPO:
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         correct = self.are_correct(texts, [answers[g] for g in rollouts.group.tolist()])
         return texts, torch.tensor(correct, dtype=torch.bool, device=rollouts.group.device)
-
-    def contrast(self, rollouts: Rollouts, correct: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, dict]:
-        """Embed the rollouts, then train the head on them.
-
-        z (B, E), L (B,), anchors (B,) and drawn positives (B,) are from *before* its update, as the reward is.
-        """
-        config, random = self.config, self.random(1)
-        hidden, group, scope = rollouts.hidden, rollouts.group, config.contrastive_scope  # no gradient: generate made h
-        if config.center_hidden:
-            hidden = hidden - group_mean(hidden, group)
-        before, grad_norm = None, None
-        for _ in range(max(1, config.head_steps)):
-            z, drawn = self.head(hidden), None
-            if config.contrastive_kind == "infonce":
-                drawn = draw_positives(correct, group, scope=scope, generator=random)
-            loss, anchors = contrastive_loss(
-                z,
-                correct,
-                group,
-                kind=config.contrastive_kind,
-                temperature=config.contrastive_temperature,
-                scope=scope,
-                positives=drawn,
-            )
-            require_finite("contrast", loss)
-            before = before or (z.detach(), loss.detach(), anchors, drawn)
-            if not anchors.any() or config.head_steps == 0:
-                break  # nothing to learn from, or a fixed head
-            loss[anchors].mean().backward()
-            grad_norm = self.descend(self.head_optimizer, "contrast")
-        return *before, {"head_grad_norm": grad_norm}
-
-    def reward_agreement(self, loss: Tensor, anchors: Tensor, correct: Tensor, group: Tensor) -> Tensor:
-        """rc (B,) with this run's weight, caps and zero point."""
-        config = self.config
-        chance = 0.0
-        if config.reward_from_chance:
-            chance = chance_level(correct, group, kind=config.contrastive_kind, scope=config.contrastive_scope)
-        reward = contrastive_reward(
-            loss,
-            anchors,
-            weight=config.weight,
-            floor=config.reward_floor,
-            ceiling=config.reward_ceiling,
-            chance=chance,
-        )
-        return shuffle_within_groups(reward, anchors, group, self.random(2)) if config.shuffle_contrast else reward
 
     def update(self, prompts: Sequence[Sequence[int]], rollouts: Rollouts, advantage: Tensor) -> dict:
         """Clipped policy updates, one per mini-batch of prompts; means of their metrics."""
@@ -1626,15 +1646,6 @@ class CLIPO:
             totals["policy_loss"] += loss.item()
             totals["clip_fraction"] += token_share * stats["clip_fraction"]
         return totals
-
-    def descend(self, optimizer: torch.optim.Optimizer, phase: str) -> float:
-        """Clip the gradient, one optimiser step; the gradient's norm before the clip. Raises BrokenNumbers."""
-        parameters = [p for parameters in optimizer.param_groups for p in parameters["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
-        require_finite(phase, norm)  # that of a gradient with NaN in it is NaN
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return norm.item()
 
     def in_memory(self, size: str, attempt: Callable[[int], Any], least: int, one_of: Callable[[int], Any]):
         """attempt(n) with n = self.sizes[size], which is halved for good, down to `least`, while memory runs out.

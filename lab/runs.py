@@ -186,7 +186,7 @@ def execute_frozen(run: Run, runs: Path, device: torch.device) -> dict:
         sound = [toy.is_sound(stories[g], text) for g, text in zip(group.tolist(), texts, strict=True)]
         sound = torch.tensor(sound, device=device)
         for arm, trainer in trainers.items():
-            _, loss, anchors, *_ = trainer.contrast(rollouts, correct)
+            _, loss, anchors, *_ = trainer.contrast(rollouts.hidden, correct, group)
             rc = trainer.reward_agreement(loss, anchors, correct, group)
             trainer.steps_done += 1
             if step >= first.config.steps // 3:
