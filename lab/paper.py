@@ -95,6 +95,7 @@ HEAD = {
 }
 TEMPERATURE = {"GRPO": GRPO} | {f"tau {t}": Arm({"contrastive_temperature": t}) for t in (0.02, 0.05, 0.1, 0.5)}
 WEIGHT = {"GRPO": GRPO} | {f"lambda {weight}": Arm({"weight": weight}) for weight in (0.1, 0.3, 1.0, 2.0)}
+PRECISION = {"GRPO": GRPO, "float32": CLIPO, "bfloat16": Arm({"compute_dtype": "bfloat16"})}
 GROUP_SIZE = {
     f"{name}, G = {size}": Arm(
         config | {"samples_per_prompt": size, "prompts_per_step": 256 // size, "mini_batch_prompts": 256 // size},
@@ -479,6 +480,7 @@ EXPERIMENTS = {  # the most important first: `all` may be stopped
     "head": Experiment("The contrastive head", HEAD),
     "weight": Experiment("Weight lambda", WEIGHT),
     "groupsize": Experiment("Group size at equal rollouts per step", GROUP_SIZE),
+    "precision": Experiment("Matrix products in bfloat16, weights and optimiser in float32", PRECISION),
     "fresh": Experiment("Track I on seeds that nothing was chosen by", FRESH, first=8),
 }
 NAMES = [*EXPERIMENTS, "tsne", "all"]
