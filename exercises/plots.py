@@ -27,23 +27,25 @@ RIGHT = torch.tensor([True] * 9 + [False] * 7)
 SOUND = torch.tensor([True] * 6 + [False] * 10)
 
 
-def made_up_groups(count: int, G: int = 16) -> Tensor:
-    """Embeddings (count, 16, 8) on the unit sphere: the sound gather, all others scatter. The same every time."""
+def made_up_groups(count: int, gather: Tensor) -> Tensor:
+    """Embeddings (count, 16, 8) on the unit sphere: some gather, all others scatter. The same every time."""
     draw = torch.Generator().manual_seed(0)
     centre = torch.randn(count, 1, 8, generator=draw)
-    return F.normalize(torch.where(SOUND[:, None], centre, 0) + torch.randn(count, G, 8, generator=draw), dim=-1)
+    return F.normalize(torch.where(gather[:, None], centre, 0) + torch.randn(count, 16, 8, generator=draw), dim=-1)
 
 
-def paid_for_soundness(loss: Callable[..., Tensor], tau: float = 0.5, groups: int = 50) -> float:
-    """What -L pays a sound right answer more than an unsound one, in standard deviations of its group's R; a mean."""
+def paid_for_soundness(loss: Callable[..., Tensor], tau: float = 0.5, sound: Tensor = SOUND) -> float:
+    """What -L pays a sound right answer more than an unsound one, in standard deviations of its group's R; a mean.
+
+    The first six right ones gather (SOUND); `sound` (16,) bool may call others sound.
+    """
     gaps = []
-    for z in made_up_groups(groups):
+    for z in made_up_groups(50, gather=SOUND):
         similarity, another = z @ z.T / tau, ~torch.eye(16, dtype=torch.bool)
         positive, negative = (RIGHT & another)[RIGHT], (~RIGHT).expand(16, 16)[RIGHT]
         rc = -loss(similarity[RIGHT], positive, positive, negative)  # of the right ones
         R = torch.cat([1 + rc - rc.mean(), torch.zeros(7)])
-        sound = SOUND[RIGHT]
-        gaps.append((rc[sound].mean() - rc[~sound].mean()) / (R.std() + 1e-6))
+        gaps.append((rc[sound[RIGHT]].mean() - rc[~sound[RIGHT]].mean()) / (R.std() + 1e-6))
     return torch.stack(gaps).mean().item()
 
 

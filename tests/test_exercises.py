@@ -2,8 +2,10 @@
 
 import inspect
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -190,3 +192,22 @@ def test_the_plot_to_expect_is_what_the_reference_draws(number, monkeypatch, tmp
     assert plots.main([number]) == 0
     assert (tmp_path / folder / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert (FOLDER / folder / "expected.png").is_file()
+
+
+def shown_commands():
+    """The commands under the questions of the lesson plan."""
+    questions = (FOLDER / "README.md").read_text().split("## Questions that come up")[1]
+    return [line.strip() for line in questions.splitlines() if line.startswith("    ")]
+
+
+@pytest.mark.parametrize("command", shown_commands())
+def test_every_question_has_a_command_that_works(command):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not re.search(r"\bno tests ran\b|\b0 selected\b", done.stdout) and done.stdout.strip()
+
+
+def test_the_lesson_plan_names_every_exercise_in_order():
+    plan = (FOLDER / "README.md").read_text().split("## Words")[0]
+    assert re.findall(r"\]\((\d\d_\w+)\)", plan) == NAMES and len(NAMES) == 10
