@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 import torch
+import transformers
 from conftest import CONFIGS, PROMPTS, make_model
 from test_step import ANSWERS, TOKENIZER, same, trainer, weights
 
@@ -135,6 +136,23 @@ def test_recomputed_activations_change_no_bit(name):
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
         assert not any("forward" in vars(module) for module in model.modules())  # nothing of it stays
     assert len(gradients[0]) > 10 and same(*gradients)
+
+
+def test_recomputed_layers_attend_as_they_did(qwen2, monkeypatch):
+    """The backward pass runs after `our_attention` has ended; the layers that run again in it must not notice."""
+    calls, real = [], clipo.cached_attention
+
+    def watched(*given, **named):
+        calls.append(given[1].shape)
+        return real(*given, **named)
+
+    rollouts = clipo.generate(qwen2, PROMPTS, samples_per_prompt=3, max_new_tokens=9, eos_token_id=[1, 2, 3])
+    monkeypatch.setitem(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS, "clipo", watched)
+    logprobs = clipo.response_logprobs(qwen2, PROMPTS, rollouts, recompute=True)
+    forward = list(calls)
+    logprobs.sum().backward()
+    qwen2.zero_grad()
+    assert len(forward) == 6 and sorted(calls[6:]) == sorted(forward)  # two passes of three layers, each once more
 
 
 def test_in_bfloat16_every_mini_batch_sees_the_weights_that_the_one_before_left(monkeypatch):
