@@ -194,7 +194,8 @@ def newest_whole(out: Path) -> Path | None:
     for folder in reversed(found):
         if (wrong := damage(folder)) is None:
             return folder
-        print(f"{folder}: {wrong}; the one before it is used", file=sys.stderr)
+        before = "the one before it is used" if folder != found[0] else "there is none before it"
+        print(f"{folder}: {wrong}; {before}", file=sys.stderr)
     if found:
         raise UserError(f"{out}: all of its {len(found)} checkpoints are damaged; expected a whole one to go on from")
     return None
@@ -225,6 +226,23 @@ def refuse_links(out: Path) -> None:
 # ----------------------------------------------------------------------------------------------------
 # Files
 # ----------------------------------------------------------------------------------------------------
+
+
+def read_settings(run: Path) -> dict | None:
+    """What a run was begun with ("model", "data", "config", ...); None for a folder (or name) that is no run.
+
+    Raises UserError for settings that cannot be read.
+    """
+    file = run / "settings.json"
+    if not file.is_file():
+        return None
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict) or {"model", "data", "config"} - set(settings):
+            raise ValueError("it has no model, data and config")
+    except (OSError, ValueError) as reason:
+        raise UserError(f"{file} cannot be read ({reason}); expected what train.py wrote") from reason
+    return settings
 
 
 def write_text(file: Path, text: str) -> None:

@@ -404,10 +404,9 @@ def settings_from(model: str, given: argparse.Namespace, device: torch.device) -
 
 def trained_on(model: str) -> list[str]:
     """What to evaluate a run of ours on, if nobody says. Raises UserError for other models."""
-    file = Path(model) / "settings.json"
-    if not file.is_file():
+    if (settings := checkpoint.read_settings(Path(model))) is None:
         raise UserError(f"no --data is given, and {model} is no run of train.py; expected --data with a benchmark")
-    data = json.loads(file.read_text(encoding="utf-8"))["data"]
+    data = settings["data"]
     return ["math500"] if data == "math" else [data]
 
 

@@ -191,14 +191,14 @@ def settings_from(given: dict) -> Settings:
 
 def settings_of_run(given: dict, out: Path) -> Settings:
     """What a run was begun with; another --steps may be asked for, other changes are refused. Raises UserError."""
-    file = out / "settings.json"
-    if not file.is_file():
+    if (saved := checkpoint.read_settings(out)) is None:
         raise UserError(f"{out} holds no run to resume (no settings.json); expected --out with the folder of a run")
     try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
         settings = Settings(**{**saved, "config": CLIPOConfig(**saved["config"])})
-    except (OSError, ValueError, KeyError, TypeError) as reason:
-        raise UserError(f"{file} cannot be read ({reason}); expected what this version of train.py wrote") from reason
+    except (ValueError, TypeError) as reason:
+        raise UserError(
+            f"{out / 'settings.json'} cannot be used ({reason}); expected what this version of train.py wrote"
+        ) from reason
     before, free = {**saved, **saved["config"]}, ("steps", "command")
     changed = [name for name, value in given.items() if name in before and name not in free and before[name] != value]
     if changed:

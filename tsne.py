@@ -14,7 +14,6 @@ even where there are none. So each panel carries two numbers, computed in the or
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -82,17 +81,6 @@ def purity(points: np.ndarray, right: np.ndarray, question: np.ndarray, neighbou
 # ----------------------------------------------------------------------------------------------------
 
 
-def settings_of(model: str) -> dict | None:
-    """What a run of train.py was begun with; None for a model that is no such run. Raises UserError."""
-    file = Path(model) / "settings.json"
-    if not file.is_file():
-        return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as reason:
-        raise UserError(f"{file} cannot be read ({reason}); expected what train.py wrote") from reason
-
-
 def load_head(run: Path, config: dict, device: torch.device) -> clipo.ContrastiveHead:
     """A run's contrastive head. Raises UserError."""
     try:
@@ -131,14 +119,14 @@ def embed(model, tokenizer, problems: Sequence[Problem], samples: int, max_new_t
 def panels(models: Sequence[str], problems: Sequence[Problem], given: argparse.Namespace) -> dict[str, dict]:
     """{name: {"hidden" or "z", "right", "question", "sound"}} of each model, before them the first run's start."""
     device, found = checkpoint.device_from(given.device), {}
-    first = settings_of(models[0])
+    first = checkpoint.read_settings(Path(models[0]))
     for name, source in [*([("before", first["model"])] if first else []), *((Path(m).name, m) for m in models)]:
         model, tokenizer = checkpoint.load_model(source, device)
         try:
             one = embed(model, tokenizer, problems, given.samples, given.max_new_tokens, given.seed)
         except (ValueError, NotImplementedError) as reason:
             raise UserError(f"model {source}: {reason}") from reason
-        if name != "before" and (settings := settings_of(source)):
+        if name != "before" and (settings := checkpoint.read_settings(Path(source))):
             head, hidden = load_head(Path(source), settings["config"], device), one["hidden"]
             if settings["config"]["center_hidden"]:
                 hidden = hidden - clipo.group_mean(hidden, one["question"])
@@ -284,7 +272,7 @@ def run(given: argparse.Namespace) -> None:
         points, out = given.redraw, given.out or given.redraw.parent
         out.mkdir(parents=True, exist_ok=True)
     else:
-        settings = settings_of(given.runs[0]) or {"data": "gsm8k"}
+        settings = checkpoint.read_settings(Path(given.runs[0])) or {"data": "gsm8k"}
         data = given.data or settings["data"]
         given.max_new_tokens = given.max_new_tokens or (48 if data == "toy" else 512)
         if data == "toy":  # stories on which the friend is right about two times in three

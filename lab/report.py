@@ -29,18 +29,13 @@ LONGEST = 6000  # characters of a response
 
 def read_run(folder: Path) -> dict:
     """All that the page shows of a run. Raises UserError if the folder holds no run, or one without a step."""
+    if (settings := checkpoint.read_settings(folder)) is None:
+        raise UserError(f"{folder} holds no run (no settings.json); expected the folder of a run of train.py")
     try:
-        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         metrics, groups = (checkpoint.read_lines(folder / name) for name in ("metrics.jsonl", "rollouts.jsonl"))
-        config = settings.pop("config")
-    except OSError as reason:
-        raise UserError(
-            f"{folder} holds no run (no settings.json); expected the folder of a run of train.py"
-        ) from reason
-    except (ValueError, KeyError) as reason:
-        raise UserError(
-            f"{folder}: its settings or lines cannot be read ({reason}); expected what train.py wrote"
-        ) from reason
+    except (OSError, ValueError) as reason:
+        raise UserError(f"{folder}: its lines cannot be read ({reason}); expected what train.py wrote") from reason
+    config = settings.pop("config")
     if not metrics:
         raise UserError(f"{folder} has no finished step yet; expected one in metrics.jsonl")
     return {

@@ -76,7 +76,7 @@ def place(tmp_path_factory):
     larger.add_tokens(["zig", "zag"])
     larger.save_pretrained(broken("small-vocabulary"))
     broken("encoder", model_type="bert", architectures=["BertModel"])
-    for name, text in (("bad-run", "{"), ("old-run", '{"model": "m", "config": {"colour": 1}}')):
+    for name, text in (("bad-run", "{"), ("old-run", '{"model": "m", "data": "toy", "config": {"colour": 1}}')):
         (here / name).mkdir()
         (here / name / "settings.json").write_text(text)
     (here / "a-file").write_text("x")
@@ -200,11 +200,11 @@ TRAINING = [
     ),
     (
         "--resume --out bad-run",
-        "bad-run/settings.json cannot be read (...); expected what this version of train.py wrote",
+        "bad-run/settings.json cannot be read (...); expected what train.py wrote",
     ),
     (
         "--resume --out old-run",
-        "old-run/settings.json cannot be read (...'colour'); expected what this version of train.py wrote",
+        "old-run/settings.json cannot be used (...'colour'); expected what this version of train.py wrote",
     ),
 ]
 EVALUATION = [
@@ -240,7 +240,7 @@ PICTURES = [
 PAGES = [
     ("", "the following arguments are required: RUN; --help lists every option"),
     ("nowhere", "nowhere holds no run (no settings.json); expected the folder of a run of train.py"),
-    ("bad-run", "bad-run: its settings or lines cannot be read (...); expected what train.py wrote"),
+    ("bad-run", "bad-run/settings.json cannot be read (...); expected what train.py wrote"),
     ("old-run", "old-run has no finished step yet; expected one in metrics.jsonl"),
     ("a b c", "3 runs are given; expected one or two"),
 ]
