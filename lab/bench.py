@@ -479,7 +479,7 @@ def update_loads(machine: Machine) -> list[Load]:
         return [Load("1M", 2, 4, 16)]
     if machine.on_gpu:
         return [Load("0.5B", 16, 16, 1024), Load("1.5B", 16, 16, 1024)]
-    return [Load("1M", 16, 16, 128), Load("34M", 8, 16, 128), Load("0.5B", 2, 4, 64)]
+    return [Load("1M", 16, 16, 128), Load("34M", 4, 16, 128), Load("0.5B", 2, 4, 64)]
 
 
 def some_rollouts(machine: Machine, load: Load) -> clipo.Rollouts:
@@ -511,7 +511,8 @@ def update_table(machine: Machine) -> list[dict]:
     rows, (rate, _) = [], machine.rates()
     for load in update_loads(machine):
         for recompute in (False, True):
-            trainer = make_trainer(machine, load, [1], recompute_activations=recompute, micro_batch_tokens=8192)
+            at_once = min(8192, load.P * load.G * load.T // 2)  # so that there are several micro-batches
+            trainer = make_trainer(machine, load, [1], recompute_activations=recompute, micro_batch_tokens=at_once)
             prompts, rollouts = make_prompts(load), some_rollouts(machine, load)
             advantage = torch.randn(len(rollouts.group), device=machine.device)
 
