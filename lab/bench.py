@@ -507,7 +507,10 @@ def update_flops(model, prompts: Sequence[Sequence[int]], rollouts: clipo.Rollou
 
 
 def update_table(machine: Machine) -> list[dict]:
-    """The policy update on given rollouts, with activations kept and computed again."""
+    """The policy update on given rollouts, with activations kept and computed again.
+
+    The memory plan is for rollouts that are all as long as they may be; these are not.
+    """
     rows, (rate, _) = [], machine.rates()
     for load in update_loads(machine):
         for recompute in (False, True):
