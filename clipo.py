@@ -1447,8 +1447,9 @@ class CLIPO(Contrast):
         self.reference = None
         if config.beta > 0:
             self.reference = copy.deepcopy(policy).requires_grad_(False)
-            if config.in_bfloat16(policy.device.type):
-                self.reference.bfloat16()  # nobody updates it
+            if config.in_bfloat16(policy.device.type):  # nobody updates it
+                for parameter in self.reference.parameters():  # (a rotary embedding's frequencies stay float32)
+                    parameter.data = parameter.data.bfloat16()
         self.policy_optimizer = torch.optim.AdamW(
             policy.parameters(),
             lr=config.lr,

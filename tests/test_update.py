@@ -180,6 +180,8 @@ def test_in_bfloat16_weights_moments_and_small_updates_are_float32():
     moments = [m for state in t.policy_optimizer.state.values() for m in state.values()]
     assert {p.dtype for p in t.policy.parameters()} == {m.dtype for m in moments} == {torch.float32}
     assert {p.dtype for p in t.reference.parameters()} == {torch.bfloat16}
+    buffers = list(zip(t.reference.buffers(), t.policy.buffers(), strict=True))  # the rotary embedding's frequencies
+    assert buffers and all(torch.equal(a, b) for a, b in buffers)
     moved = torch.cat([(p - before[name]).flatten() for name, p in t.policy.named_parameters()])
     lost = torch.cat([(p.bfloat16() == before[name].bfloat16()).flatten() for name, p in t.policy.named_parameters()])
     assert (moved != 0).float().mean() > 0.9 and lost.float().mean() > 0.9  # what bfloat16 weights would not have seen
