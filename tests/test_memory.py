@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CONFIGS, make_model
+from conftest import CONFIGS, ROOT, make_model
 
 import clipo
 from lab import memory
@@ -69,8 +69,12 @@ def test_the_named_models_fit_their_cards(name):
     model = memory.qwen(*shape)
     config = clipo.CLIPOConfig(max_new_tokens=1024)
     assert config.samples_per_prompt == 16
-    assert memory.memory_plan(model, config, config.max_prompt_tokens, bfloat16=True).peak < 0.95e9 * card
+    plan = memory.memory_plan(model, config, config.max_prompt_tokens, bfloat16=True)
+    assert plan.peak < 0.95e9 * card
     billions = sum(p.numel() for p in model.parameters()) / 1e9
+    parts = [sum(part.values()) for part in (plan.lasting, plan.rollouts, plan.update)]
+    cells = " | ".join(f"{size / 1e9:.1f}" for size in parts)
+    assert f"| {name} | {card} GB | {plan.peak / 1e9:.1f} GB | {cells} |" in (ROOT / "README.md").read_text()
     assert billions == pytest.approx({24: 0.494, 48: 1.544, 80: 3.086}[card], abs=1e-3)  # as their model cards say
 
 
