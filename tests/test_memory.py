@@ -6,7 +6,7 @@ from conftest import CONFIGS, ROOT, make_model
 
 import clipo
 from lab import memory
-from lab.bench import Load, Machine, make_trainer, some_rollouts
+from lab.bench import Load, Machine, lasting_bytes, make_trainer, some_rollouts
 
 CPU = torch.device("cpu")
 
@@ -30,9 +30,7 @@ def test_the_plan_is_within_15_percent_of_the_measured_peak(load, dtype, recompu
         with t.mixed_precision():
             t.roll_out(prompts, t.random(0))
 
-    moments = [m for state in t.policy_optimizer.state.values() for m in state.values()]
-    lasting = bytes_of(*t.policy.parameters(), *t.reference.parameters(), *moments)
-    measured = lasting + max(
+    measured = lasting_bytes(t) + max(
         memory.peak_bytes(roll_out, CPU), memory.peak_bytes(lambda: t.update(prompts, rollouts, advantage), CPU)
     )
     plan = memory.memory_plan(t.policy, t.config, 64, dtype == torch.bfloat16)
