@@ -318,11 +318,12 @@ def even(texts: Sequence[str], _answers: object = None) -> list[bool]:
 
 
 def make_trainer(machine: Machine, load: Load, eos: list[int], **settings) -> CLIPO:
-    """GRPO + CLIPO at the paper's constants, beyond the warm-up, with float32 weights."""
+    """GRPO + CLIPO at the paper's constants, beyond the warm-up, with float32 weights and activations kept."""
     config = CLIPOConfig(
         **{
             "prompts_per_step": load.P, "mini_batch_prompts": load.P, "samples_per_prompt": load.G,
             "max_new_tokens": load.T, "head_warmup_steps": 0, "beta": 0.0, "micro_batch_tokens": 4096,
+            "recompute_activations": False,
             "compute_dtype": str(machine.dtype).removeprefix("torch."), **settings,
         }
     )  # fmt: skip
