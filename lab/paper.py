@@ -482,6 +482,7 @@ EXPERIMENTS = {  # the most important first: `all` may be stopped
     "groupsize": Experiment("Group size at equal rollouts per step", GROUP_SIZE),
     "precision": Experiment("Matrix products in bfloat16, weights and optimiser in float32", PRECISION),
     "fresh": Experiment("Track I on seeds that nothing was chosen by", FRESH, first=8),
+    "twelve": Experiment("Track I on all twelve seeds, the fresh ones too", FRESH, 12),
 }
 NAMES = [*EXPERIMENTS, "tsne", "all"]
 FROZEN = {**RUNGS, **ALONE, **WITHOUT}
@@ -512,7 +513,7 @@ def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps:
         for arm, spec in experiment.arms.items()
     }
     used = {id(line): line for part in lines.values() for line in part}.values()
-    is_own = experiment.arms is TRACK1 or experiment.first > 0
+    is_own = experiment.arms is TRACK1 or experiment.arms is FRESH
     shared = [] if is_own else [spec.run(0, steps) for spec in TRACK1.values()]
     if not any(lines[arm] for arm, spec in experiment.arms.items() if spec.run(0, steps) not in shared):
         return False
