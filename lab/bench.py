@@ -546,6 +546,7 @@ def update_table(machine: Machine) -> list[dict]:
                     "measured": f"{(lasting_bytes(trainer) + peak) / 1e9:.2f}",
                 }
             )
+            del trainer, update  # or the next one would be made beside it
     return rows
 
 
