@@ -34,20 +34,18 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import clipo
 import problems
 from clipo import CLIPO, CLIPOConfig
-from lab.memory import memory_plan, peak_bytes
+from lab.memory import MODELS, memory_plan, peak_bytes, qwen_config
 
 # name: vocabulary, width, feed-forward, layers, heads, key/value heads. The last three are Qwen2.5's.
 SIZES = {
     "1M": (512, 128, 512, 4, 4, 2),
     "34M": (4096, 512, 1536, 10, 8, 2),
-    "0.5B": (151_936, 896, 4864, 24, 14, 2),
-    "1.5B": (151_936, 1536, 8960, 28, 12, 2),
-    "3B": (151_936, 2048, 11008, 36, 16, 2),
+    **{name.removeprefix("Qwen2.5-"): shape for name, (shape, _) in MODELS.items()},
 }
 
 
@@ -153,12 +151,7 @@ def compare(machine: Machine, sides: dict[str, Callable[[int], object]]) -> dict
 
 
 def make_model(size: str, machine: Machine, dtype: torch.dtype | None = None):
-    vocabulary, width, feed_forward, layers, heads, kv_heads = SIZES[size]
-    config = Qwen2Config(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=feed_forward, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=True, eos_token_id=1,
-        pad_token_id=0, bos_token_id=None,
-    )  # fmt: skip
+    config = qwen_config(*SIZES[size], eos_token_id=1, pad_token_id=0, bos_token_id=None)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype or machine.dtype)
     return model.to(machine.device).eval()
@@ -520,34 +513,37 @@ def update_table(machine: Machine) -> list[dict]:
 
     The memory plan is for rollouts that are all as long as they may be; these are not.
     """
-    rows, (rate, _) = [], machine.rates()
-    for load in update_loads(machine):
-        for recompute in (False, True) if load.size not in ("1.5B", "3B") else (True,):  # (theirs would not fit)
-            at_once = min(8192, load.P * load.G * load.T // 2)  # so that there are several micro-batches
-            trainer = make_trainer(machine, load, [1], recompute_activations=recompute, micro_batch_tokens=at_once)
-            prompts, rollouts = make_prompts(load), some_rollouts(machine, load)
-            advantage = torch.randn(len(rollouts.group), device=machine.device)
+    rate, _ = machine.rates()
+    return [
+        update_row(machine, load, recompute, rate)
+        for load in update_loads(machine)
+        for recompute in ((True,) if load.size in ("1.5B", "3B") else (False, True))  # (kept, theirs would not fit)
+    ]
 
-            def update(_=None, trainer=trainer, prompts=prompts, rollouts=rollouts, advantage=advantage) -> None:
-                trainer.update(prompts, rollouts, advantage)
 
-            update()  # the optimiser's moments exist from here on
-            peak = peak_bytes(update, machine.device)
-            seconds = statistics.median(compare(machine, {"update": update})["update"])
-            plan = memory_plan(trainer.policy, trainer.config, max(map(len, prompts)), machine.dtype == torch.bfloat16)
-            rows.append(
-                {
-                    "load": str(load),
-                    "activations": "computed again" if recompute else "kept",
-                    "s": f"{seconds:.2f}",
-                    "tokens/s": f"{int(rollouts.mask.sum()) / seconds:,.0f}",
-                    "of the matmul rate": f"{update_flops(trainer.policy, prompts, rollouts) / seconds / rate:.0%}",
-                    "GB in all, planned": f"{(sum(plan.lasting.values()) + sum(plan.update.values())) / 1e9:.2f}",
-                    "measured": f"{(lasting_bytes(trainer) + peak) / 1e9:.2f}",
-                }
-            )
-            del trainer, update  # or the next one would be made beside it
-    return rows
+def update_row(machine: Machine, load: Load, recompute: bool, rate: float) -> dict:
+    """One line of it; `rate` is the machine's, in flops per second."""
+    at_once = min(8192, load.P * load.G * load.T // 2)  # so that there are several micro-batches
+    trainer = make_trainer(machine, load, [1], recompute_activations=recompute, micro_batch_tokens=at_once)
+    prompts, rollouts = make_prompts(load), some_rollouts(machine, load)
+    advantage = torch.randn(len(rollouts.group), device=machine.device)
+
+    def update(_=None) -> None:
+        trainer.update(prompts, rollouts, advantage)
+
+    update()  # the optimiser's moments exist from here on
+    peak = peak_bytes(update, machine.device)
+    seconds = statistics.median(compare(machine, {"update": update})["update"])
+    plan = memory_plan(trainer.policy, trainer.config, max(map(len, prompts)), machine.dtype == torch.bfloat16)
+    return {
+        "load": str(load),
+        "activations": "computed again" if recompute else "kept",
+        "s": f"{seconds:.2f}",
+        "tokens/s": f"{int(rollouts.mask.sum()) / seconds:,.0f}",
+        "of the matmul rate": f"{update_flops(trainer.policy, prompts, rollouts) / seconds / rate:.0%}",
+        "GB in all, planned": f"{(sum(plan.lasting.values()) + sum(plan.update.values())) / 1e9:.2f}",
+        "measured": f"{(lasting_bytes(trainer) + peak) / 1e9:.2f}",
+    }
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -130,27 +130,28 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     return most
 
 
-# Qwen2.5's shapes (width, feed-forward, layers, heads, key/value heads, tied embeddings), and the card for each.
+# Qwen2.5's shapes (vocabulary, width, feed-forward, layers, heads, key/value heads), and the card for each.
 MODELS = {
-    "Qwen2.5-0.5B": ((896, 4864, 24, 14, 2, True), 24),
-    "Qwen2.5-1.5B": ((1536, 8960, 28, 12, 2, True), 48),
-    "Qwen2.5-3B": ((2048, 11008, 36, 16, 2, True), 80),
+    "Qwen2.5-0.5B": ((151_936, 896, 4864, 24, 14, 2), 24),
+    "Qwen2.5-1.5B": ((151_936, 1536, 8960, 28, 12, 2), 48),
+    "Qwen2.5-3B": ((151_936, 2048, 11008, 36, 16, 2), 80),
 }
+
+
+def qwen_config(
+    vocabulary: int, width: int, feed_forward: int, layers: int, heads: int, kv_heads: int, **more
+) -> Qwen2Config:
+    """The configuration of a model of this shape, with tied embeddings."""
+    return Qwen2Config(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=feed_forward, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=True, **more,
+    )  # fmt: skip
 
 
 def without_weights(shape) -> nn.Module:
     """The model of a configuration, on the device "meta"."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(shape)
-
-
-def qwen(width: int, feed_forward: int, layers: int, heads: int, kv_heads: int, tied: bool) -> nn.Module:
-    return without_weights(
-        Qwen2Config(
-            vocab_size=151_936, hidden_size=width, intermediate_size=feed_forward, num_hidden_layers=layers,
-            num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied,
-        )
-    )  # fmt: skip
 
 
 def of_name(name: str) -> nn.Module:
@@ -174,7 +175,10 @@ def show(arguments: Sequence[str] | None) -> None:
     if "model" in given:
         chosen = {given["model"]: of_name(given["model"])}
     else:
-        chosen = {f"{name}, for a card of {card} GB": qwen(*shape) for name, (shape, card) in MODELS.items()}
+        chosen = {
+            f"{name}, for a card of {card} GB": without_weights(qwen_config(*shape))
+            for name, (shape, card) in MODELS.items()
+        }
     for name, model in chosen.items():
         plan = memory_plan(model, config, config.max_prompt_tokens, config.compute_dtype != "float32")
         print(f"{name}; prompts of {config.max_prompt_tokens} tokens, responses of {config.max_new_tokens}\n{plan}\n")

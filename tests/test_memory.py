@@ -64,7 +64,7 @@ def test_recomputing_saves_memory():
 @pytest.mark.parametrize("name", list(memory.MODELS))
 def test_the_named_models_fit_their_cards(name):
     shape, card = memory.MODELS[name]
-    model = memory.qwen(*shape)
+    model = memory.without_weights(memory.qwen_config(*shape))
     config = clipo.CLIPOConfig(max_new_tokens=1024)
     assert config.samples_per_prompt == 16
     plan = memory.memory_plan(model, config, config.max_prompt_tokens, bfloat16=True)

@@ -149,9 +149,8 @@ def guesser(tmp_path_factory):
 def launch(processes, out, guesser, *more):
     folder, data = guesser
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", processes]
-    command += (
-        ["--multi_gpu", "--main_process_port", 0] if processes > 1 else []
-    )  # its way to start several, on CPUs too
+    if processes > 1:
+        command += ["--multi_gpu", "--main_process_port", 0]  # its way to start several, on CPUs too
     command += ["-m", "lab.trl_train", "--model", folder, "--data", data, "--out", out, *SETTINGS]
     command += [f"per_device_train_batch_size={24 // processes}", *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
