@@ -68,7 +68,7 @@ class Rollouts:
     def write(self, rollout: Tensor, t: Tensor, token: Tensor, logprob: Tensor, state: Tensor) -> None:
         """Token t of some rollouts, drawn from `state` (rows, D); all else (rows,). `hidden` becomes a sum here."""
         self.tokens[rollout, t], self.logprobs[rollout, t] = token, logprob
-        self.mask[rollout, t] = True
+        self.mask[rollout, t] = torch.ones_like(t, dtype=torch.bool)  # (True would be copied to a GPU, which waits)
         # The state at t = 0 belongs to the prompt's last token: it only serves a response of one token.
         self.hidden[rollout] = state.float() + self.hidden[rollout] * (t > 1)[:, None]
 

@@ -158,11 +158,3 @@ def test_bfloat16_weights(qwen2):
     with torch.no_grad():
         exact = clipo.response_logprobs(qwen2, PROMPTS, got)
     assert (got.logprobs - exact).abs().mean() < 0.2
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_graphs_give_the_same_rollouts(model):
-    model = copy.deepcopy(model).cuda()
-    expected = roll_out(model, max_new_tokens=64, cuda_graphs=False)
-    for max_batch in (3, None):
-        assert_same(roll_out(model, max_new_tokens=64, max_batch=max_batch), expected)
