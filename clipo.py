@@ -207,6 +207,11 @@ def attention_windows(config) -> dict[str, int | None]:
     return {kind: known[kind] for kind in known if kind in kinds}
 
 
+def round_up(number: int, multiple: int) -> int:
+    """The least multiple that is not below the number."""
+    return -(-number // multiple) * multiple
+
+
 def attention_mask(positions: Tensor, keys: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
     """Additive mask for queries at `positions` over keys at positions `keys`: 0 to look, -inf not to.
 
@@ -220,7 +225,9 @@ def attention_mask(positions: Tensor, keys: Tensor, window: int | None, dtype: t
     look = key <= query  # (B, Q, slots)
     if window is not None:
         look &= key > query - window
-    mask = torch.zeros(look.shape, dtype=dtype, device=positions.device).masked_fill_(~look, -math.inf)
+    # A GPU's attention wants the rows of a mask to begin 16 numbers apart, or each layer makes a copy that has them so.
+    mask = torch.zeros(*look.shape[:2], round_up(look.shape[2], 16), dtype=dtype, device=positions.device)
+    mask = mask[:, :, : look.shape[2]].masked_fill_(~look, -math.inf)
     return mask[:, None]  # (B, Q, slots) -> (B, 1, Q, slots)
 
 
@@ -288,12 +295,15 @@ def weight_first(layer: nn.Linear, inputs: Tensor) -> Tensor:
 @contextmanager
 def our_attention(model):
     """The model attends by `cached_attention`, which is told all it needs by mask and cache."""
-    before = model.config._attn_implementation
+    before, cudnn = model.config._attn_implementation, torch.backends.cuda.cudnn_sdp_enabled()
     model.config._attn_implementation = "clipo"
+    # cuDNN's backward pass can give NaN with a mask (pytorch #196678), and it plans anew for every new shape.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
         model.config._attn_implementation = before
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
 @contextmanager
@@ -383,15 +393,16 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_
     >>> [sample(logits, torch.tensor([u]), 1.0, 0, 1.0)[0].item() for u in (0.0, 0.49, 0.51, 0.79, 0.81)]
     [0, 0, 1, 1, 2]
     """
-    logprobs = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    logits = logits if temperature in (0, 1) else logits.float() / temperature
+    probs = logits.softmax(-1, dtype=torch.float32)  # (B, V)
     if temperature == 0:
-        chosen = logprobs.argmax(-1)
+        chosen = probs.argmax(-1)
     else:
-        cdf = truncate(logprobs.exp(), top_k, top_p).cumsum(-1)  # (B, V)
+        cdf = truncate(probs, top_k, top_p).cumsum(-1)  # (B, V)
         threshold = uniform * cdf[:, -1]  # below the total, as uniform < 1
         chosen = torch.searchsorted(cdf, threshold[:, None], right=True)[:, 0]
-        chosen = chosen.clamp(max=logits.shape[-1] - 1)  # of NaN, none exceeds: its log-prob, NaN, shall tell, no crash
-    return chosen, logprobs.gather(-1, chosen[:, None])[:, 0]
+        chosen = chosen.clamp(max=logits.shape[-1] - 1)  # where the logits are NaN, so is the log-prob: no crash here
+    return chosen, probs.gather(-1, chosen[:, None])[:, 0].log()
 
 
 class CapturedSteps:
@@ -476,7 +487,7 @@ class Batch:
 
     def __init__(self, prompts: Sequence[Sequence[int]], group: Tensor, max_rows: int, max_new_tokens: int, pace: Pace):
         self.prompts, self.group, self.max_new_tokens, self.pace = prompts, group, max_new_tokens, pace
-        self.slots = max(map(len, prompts)) + max_new_tokens
+        self.slots = round_up(max(map(len, prompts)) + max_new_tokens, min(pace.bucket, 16))  # (see attention_mask)
         self.cache = KVCache(max_rows, self.slots)
         self.rows = 0  # how many rows, from the first on, are in use
         self.used = 0  # no row in use has a token at this slot or beyond
@@ -527,7 +538,7 @@ class Batch:
     def reach(self) -> int:
         """How many slots are used until the next look, rounded up to full buckets: attention runs over no more."""
         furthest = int(self.next(self.rows)[3].max()) + self.pace.steps
-        self.used = min(math.ceil(furthest / self.pace.bucket) * self.pace.bucket, self.slots)
+        self.used = min(round_up(furthest, self.pace.bucket), self.slots)
         return self.used
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import PROMPTS, SIZE
 from scipy.stats import chisquare
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, LlamaConfig, MambaConfig, Qwen3NextConfig
 
 import clipo
@@ -156,6 +157,21 @@ def test_top_k_and_top_p_cut_as_defined():
     assert reached(0, 0.4) == [0]
     assert reached(3, 0.75) == [0, 1]  # of 0.9 that top-k left, 0.7 is 78%
     assert reached(1, 0.01) == [0]
+
+
+@pytest.mark.parametrize("temperature, tables", [(1.0, 2), (0.7, 3), (0, 1)])
+def test_sampling_reads_the_vocabulary_no_more_often_than_it_must(temperature, tables):
+    made, logits = [], torch.randn(3, 999)
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, given=(), named=None):
+            result = function(*given, **(named or {}))
+            made.extend([function] * (isinstance(result, torch.Tensor) and result.shape == (3, 999)))
+            return result
+
+    with Counter():
+        clipo.sample(logits, torch.rand(3), temperature, 0, 1.0)
+    assert len(made) == tables, made  # probabilities; their sums; the logits divided
 
 
 def test_a_token_of_probability_zero_is_never_drawn():
