@@ -18,12 +18,14 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, NamedTuple
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -405,36 +407,52 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_
     return chosen, probs.gather(-1, chosen[:, None])[:, 0].log()
 
 
+PLAIN_FIRST = 3  # (a choice, not a measurement: a capture takes about as long as two plain steps)
+captures_failed: WeakKeyDictionary = WeakKeyDictionary()  # model -> why its decode steps cannot be captured
+
+
 class CapturedSteps:
     """Runs `step(rows, used)` on a GPU as one CUDA graph per (rows, used): no Python and no launches per kernel.
 
     A decode step is about 25 kernels a layer, each shorter than its launch; a graph launches all of them at once. The
-    first step of a kind runs plainly (it loads kernels and fills autocast's cache), the second is captured, and
-    from then on it is replayed. All that a step reads and writes must stay where it is.
+    first steps of a kind run plainly (they load kernels and fill autocast's cache, and a kind that is rare is not worth
+    a capture), the next is captured, and from then on it is replayed. All that a step reads and writes must stay where
+    it is. A capture that fails is said once, and this model's steps run plainly from then on; if graphs are `demanded`,
+    it raises RuntimeError.
     """
 
-    def __init__(self, step: Callable[[int, int], None]):
-        self.step = step
-        self.seen: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
+    def __init__(self, model, step: Callable[[int, int], None], demanded: bool):
+        self.model, self.step, self.demanded = model, step, demanded
+        self.seen: Counter[tuple[int, int]] = Counter()
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self.pool = torch.cuda.graph_pool_handle()  # one memory for the intermediates of all graphs
 
     def __call__(self, rows: int, used: int) -> None:
         kind = rows, used
-        if kind not in self.seen:
-            self.seen[kind] = None
+        self.seen[kind] += 1
+        if kind not in self.graphs and self.seen[kind] > PLAIN_FIRST and self.model not in captures_failed:
+            self.capture(kind)
+        if kind in self.graphs:
+            self.graphs[kind].replay()
+        else:
             self.step(rows, used)
+
+    def capture(self, kind: tuple[int, int]) -> None:
+        """Record a step without running it. Raises what `CLIPO.in_memory` answers to where memory runs out."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                self.step(*kind)
+        except RuntimeError as reason:
+            if ran_out_of_memory(reason):
+                raise
+            why = f"a decode step cannot be captured as a CUDA graph ({reason})"
+            if self.demanded:
+                raise RuntimeError(f"{why}; expected --no-cuda-graphs, or neither option") from reason
+            captures_failed[self.model] = why
+            warnings.warn(f"{why}; rollouts go on without, slower", stacklevel=2)
             return
-        if self.seen[kind] is None:
-            graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph, pool=self.pool):
-                    self.step(rows, used)
-            except RuntimeError as reason:
-                raise RuntimeError(
-                    f"a decode step cannot be captured as a CUDA graph ({reason}); pass cuda_graphs=False"
-                ) from reason
-            self.seen[kind] = graph
-        self.seen[kind].replay()
+        self.graphs[kind] = graph
 
 
 def check_generate_arguments(
@@ -469,13 +487,18 @@ class Pace(NamedTuple):
 
     steps: int  # tokens per rollout between two looks at which of them ended
     bucket: int  # attention runs over the used slots, rounded up to a multiple of this
-    working_share: float  # the rows of ended rollouts are dropped once at most this share of all rows still works
+    while_waiting: float  # ended rows give way to waiting rollouts once at most this share of all rows still works
+    in_the_tail: float  # when none waits, they are dropped once at most this share of all rows still works
+    by_halves: bool = False  # keep a power of two of rows, so that few numbers of them come up
 
 
 # On a CPU looking is free. Dropping at every look takes 1.0 to 1.3 times as long as at 0.9, never dropping 1.6 to 2.9
 # times (1M, 34M and 0.5B models, ragged lengths). On a GPU the host waits for every look, and every number of rows or
-# of used slots is one more graph to capture; those three numbers are a choice, not a measurement.
-PACE = {"cpu": Pace(steps=1, bucket=1, working_share=0.9), "cuda": Pace(steps=16, bucket=256, working_share=0.5)}
+# of used slots is one more graph to capture; its numbers are a choice, not a measurement.
+PACE = {
+    "cpu": Pace(steps=1, bucket=1, while_waiting=0.9, in_the_tail=0.9),
+    "cuda": Pace(steps=16, bucket=256, while_waiting=0.9, in_the_tail=0.5, by_halves=True),
+}
 
 
 class Batch:
@@ -512,12 +535,15 @@ class Batch:
         The host waits for the device here, and nowhere else.
         """
         working = (self.table[0, : self.rows] != self.spare).nonzero()[:, 0]
-        if len(working) > self.pace.working_share * self.rows:
+        share = self.pace.while_waiting if len(self.waiting) else self.pace.in_the_tail
+        if len(working) > share * self.rows:
             return True
         self.keep(working)
         new, self.waiting = self.waiting.tensor_split([self.cache.rows - self.rows])
         if len(new):
             self.admit(new, model)
+        if self.rows and self.pace.by_halves:
+            self.add_idle(min(2 ** math.ceil(math.log2(self.rows)), self.cache.rows))
         return self.rows > 0
 
     def keep(self, working: Tensor) -> None:
@@ -534,6 +560,11 @@ class Batch:
         self.cache.copy(filled, origin, first=self.rows, slots=filled.used)
         self.table[:, self.rows : self.rows + len(new)] = torch.stack([new, 0 * new, token, length - 1])
         self.rows += len(new)
+
+    def add_idle(self, rows: int) -> None:
+        """Up to so many rows in all, which work for the spare rollout."""
+        self.table[:, self.rows : rows] = self.idle
+        self.rows = rows
 
     def reach(self) -> int:
         """How many slots are used until the next look, rounded up to full buckets: attention runs over no more."""
@@ -555,14 +586,15 @@ def generate(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
     max_batch: int | None = None,
-    cuda_graphs: bool = True,
+    cuda_graphs: bool | None = None,
 ) -> Rollouts:
     """Sample `samples_per_prompt` responses to each of P prompts (lists of token ids, any lengths).
 
     temperature 0 is greedy. `generator` is a CPU generator: each rollout gets its own row of random numbers,
     drawn before the first token, so that what others in the batch do cannot change it. At most `max_batch` rollouts
-    are under way at a time (None: all); when some end, waiting ones take their rows. Returns `Rollouts` with T the
-    length of the longest response.
+    are under way at a time (None: all); when some end, waiting ones take their rows. cuda_graphs: see `CapturedSteps`
+    (GPUs only; None: where they work, True: or RuntimeError). Returns `Rollouts` with T the length of the longest
+    response.
 
     Raises ValueError for arguments out of range, ValueError or NotImplementedError for a model that cannot be served.
     """
@@ -589,7 +621,8 @@ def generate(
         batch.advance(token, ended=(token[:, None] == stop).any(-1))
 
     with serving(model):
-        run = CapturedSteps(step) if device.type == "cuda" and cuda_graphs else step
+        captured = device.type == "cuda" and cuda_graphs is not False
+        run = CapturedSteps(model, step, demanded=bool(cuda_graphs)) if captured else step
         while batch.refill(model):  # prefill
             used = batch.reach()
             for _ in range(pace.steps):  # decode, sample, stop
@@ -1226,7 +1259,9 @@ class CLIPOConfig:
     head_warmup_steps: int = setting(14, "first steps, in which only the head learns (weight > 0)", "paper", low=0)
 
     max_batch: int = setting(256, "rollouts under way at once; the others wait for a free row", "memory only", low=1)
-    cuda_graphs: bool = setting(True, "replay decode steps as CUDA graphs (on a GPU)", "speed only")
+    cuda_graphs: bool | None = setting(
+        None, "replay decode steps as CUDA graphs on a GPU (if neither is given: where it works)", "speed only"
+    )
     micro_batch_tokens: int = setting(16384, "response tokens in a forward and backward", "memory only", low=1)
     recompute_activations: bool = setting(
         True, "keep only each layer's input for the backward pass; a third slower", "authors' code; memory only"
@@ -1315,9 +1350,15 @@ class OutOfMemory(RuntimeError):
     """Even the least at a time does not fit in memory."""
 
 
-def ran_out_of_memory(error: Exception) -> bool:
-    """Is it this that went wrong? (torch has a class for it on a GPU only.)"""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def ran_out_of_memory(error: BaseException | None) -> bool:
+    """Is it this that went wrong, here or in what led here? torch has a class for it on a GPU only, and not for
+    cuBLAS, cuDNN and graphs; a capture that memory ends reports that it was ended."""
+    if error is None:
+        return False
+    words = "can't allocate memory", "out of memory", "ALLOC_FAILED"
+    if isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words):
+        return True
+    return ran_out_of_memory(error.__cause__ or error.__context__)
 
 
 def spread_within_groups(reward: Tensor, anchors: Tensor, group: Tensor) -> float | None:

@@ -154,7 +154,7 @@ def parser() -> argparse.ArgumentParser:
         values = {name: {**track, **(INFORMATIVE if name == "toy" else {})} for name, track in TRACKS.items()}
         special = "".join(f"; {name}: {v[f.name]}" for name, v in values.items() if f.name in v)
         kind = float if f.default is None else type(f.default)
-        if kind is bool:
+        if "bool" in f.type:
             how = {"action": argparse.BooleanOptionalAction}
         else:
             how = {"type": kind, **({"choices": about["choices"]} if about["choices"] else {"metavar": kind.__name__})}

@@ -38,9 +38,10 @@ def test_waves_give_the_same_rollouts(model, max_batch):
 @pytest.mark.parametrize(
     "pace",
     [
-        clipo.Pace(steps=16, bucket=8, working_share=0.5),  # rows go on long after their rollout ended
-        clipo.Pace(steps=3, bucket=256, working_share=0.0),  # until nobody works
-        clipo.Pace(steps=1, bucket=1, working_share=0.999),  # never
+        clipo.PACE["cuda"],
+        clipo.Pace(steps=16, bucket=8, while_waiting=0.5, in_the_tail=0.5),  # rows go on long after their rollout ended
+        clipo.Pace(steps=3, bucket=256, while_waiting=0.0, in_the_tail=0.0),  # until nobody works
+        clipo.Pace(steps=1, bucket=1, while_waiting=0.999, in_the_tail=0.999),  # never
     ],
 )
 def test_any_pace_gives_the_same_rollouts(model, pace, max_batch, monkeypatch):
@@ -61,7 +62,7 @@ def test_rows_stay_within_max_batch_and_nine_in_ten_of_them_work(qwen2, max_batc
     monkeypatch.setattr(clipo, "last_states", counted)
     rollouts = roll_out(qwen2, max_batch=max_batch)
     assert max(rows) == (max_batch or 20)
-    assert rollouts.mask.sum() <= sum(rows) <= rollouts.mask.sum() / clipo.PACE["cpu"].working_share
+    assert rollouts.mask.sum() <= sum(rows) <= rollouts.mask.sum() / clipo.PACE["cpu"].in_the_tail
 
 
 def test_a_rollout_that_ends_at_once_makes_room(qwen2):
@@ -158,3 +159,30 @@ def test_bfloat16_weights(qwen2):
     with torch.no_grad():
         exact = clipo.response_logprobs(qwen2, PROMPTS, got)
     assert (got.logprobs - exact).abs().mean() < 0.2
+
+
+def decode_steps(model, monkeypatch, max_batch, **chosen):
+    """(rows, how many of them work for no rollout) of each decode step of `roll_out` at a GPU's pace."""
+    steps, following = [], clipo.Batch.next
+
+    def noted(batch, rows):
+        table = following(batch, rows)
+        steps.append((rows, int((table[0] == batch.spare).sum())))
+        return table
+
+    with monkeypatch.context() as patch:
+        patch.setitem(clipo.PACE, "cpu", clipo.PACE["cuda"]._replace(steps=1))
+        patch.setattr(clipo.Batch, "next", noted)
+        roll_out(model, max_batch=max_batch, **chosen)
+    return steps[::2]  # `advance` asks again
+
+
+def test_in_the_tail_of_a_gpu_rows_are_halved(qwen2, monkeypatch):
+    rows = [rows for rows, _ in decode_steps(qwen2, monkeypatch, None)]
+    assert set(rows) <= {20, 16, 8, 4, 2, 1} and len(set(rows)) > 2 and rows == sorted(rows, reverse=True)
+
+
+def test_while_others_wait_few_rows_idle(qwen2, monkeypatch):
+    steps = decode_steps(qwen2, monkeypatch, 10, samples_per_prompt=25)  # 100 rollouts in 10 rows
+    full = [idle for rows, idle in steps[: len(steps) // 2] if rows == 10]
+    assert len(full) > 10 and sum(full) / len(full) < 2
