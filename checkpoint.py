@@ -32,14 +32,16 @@ SEAL = "state.json"  # of a checkpoint: its step, and the checksums of its other
 
 
 def device_from(name: str | None) -> torch.device:
-    """The device asked for, else a GPU if there is one. Raises UserError."""
+    """The device asked for (a GPU with a number becomes the current one), else a GPU if any. Raises UserError."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name)
+        if (device := torch.device(name)).type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # graphs are captured on the current one
     except (RuntimeError, AssertionError) as reason:
         raise UserError(f"--device {name} cannot be used here; expected cpu, or cuda where there is a GPU") from reason
-    return torch.device(name)
+    return device
 
 
 def load_tokenizer(source: str):

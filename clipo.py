@@ -407,6 +407,10 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_
     return chosen, probs.gather(-1, chosen[:, None])[:, 0].log()
 
 
+class CaptureFailed(RuntimeError):
+    """CUDA graphs were asked for by name, and a decode step cannot be captured."""
+
+
 PLAIN_FIRST = 3  # (a choice, not a measurement: a capture takes about as long as two plain steps)
 captures_failed: WeakKeyDictionary = WeakKeyDictionary()  # model -> why its decode steps cannot be captured
 
@@ -418,7 +422,7 @@ class CapturedSteps:
     first steps of a kind run plainly (they load kernels and fill autocast's cache, and a kind that is rare is not worth
     a capture), the next is captured, and from then on it is replayed. All that a step reads and writes must stay where
     it is. A capture that fails is said once, and this model's steps run plainly from then on; if graphs are `demanded`,
-    it raises RuntimeError.
+    it raises CaptureFailed.
     """
 
     def __init__(self, model, step: Callable[[int, int], None], demanded: bool):
@@ -448,7 +452,7 @@ class CapturedSteps:
                 raise
             why = f"a decode step cannot be captured as a CUDA graph ({reason})"
             if self.demanded:
-                raise RuntimeError(f"{why}; expected --no-cuda-graphs, or neither option") from reason
+                raise CaptureFailed(f"{why}; expected cuda_graphs=False, or None: where it works") from reason
             captures_failed[self.model] = why
             warnings.warn(f"{why}; rollouts go on without, slower", stacklevel=2)
             return
@@ -593,7 +597,7 @@ def generate(
     temperature 0 is greedy. `generator` is a CPU generator: each rollout gets its own row of random numbers,
     drawn before the first token, so that what others in the batch do cannot change it. At most `max_batch` rollouts
     are under way at a time (None: all); when some end, waiting ones take their rows. cuda_graphs: see `CapturedSteps`
-    (GPUs only; None: where they work, True: or RuntimeError). Returns `Rollouts` with T the length of the longest
+    (GPUs only; None: where they work, True: or CaptureFailed). Returns `Rollouts` with T the length of the longest
     response.
 
     Raises ValueError for arguments out of range, ValueError or NotImplementedError for a model that cannot be served.
@@ -625,7 +629,7 @@ def generate(
         run = CapturedSteps(model, step, demanded=bool(cuda_graphs)) if captured else step
         while batch.refill(model):  # prefill
             used = batch.reach()
-            for _ in range(pace.steps):  # decode, sample, stop
+            for _ in range(min(pace.steps, max_new_tokens)):  # decode, sample, stop
                 run(batch.rows, used)
 
     rollouts.hidden /= (rollouts.mask.sum(-1, keepdim=True) - 1).clamp(min=1)  # sum -> mean
@@ -1195,8 +1199,7 @@ TRACKS: dict[str, dict] = {
     ),
     "toy": dict(
         steps=40, prompts_per_step=16, mini_batch_prompts=16, max_prompt_tokens=128, max_new_tokens=24,
-        lr=2e-4, lr_warmup_steps=5, beta=0.0, head_warmup_steps=4, micro_batch_tokens=2048,
-        recompute_activations=False,
+        lr=2e-4, lr_warmup_steps=5, beta=0.0, head_warmup_steps=4, micro_batch_tokens=2560,
         compute_dtype="float32",  # bfloat16 gains a fifth at this size, and not every CPU has it
     ),
 }  # fmt: skip
@@ -1262,9 +1265,12 @@ class CLIPOConfig:
     cuda_graphs: bool | None = setting(
         None, "replay decode steps as CUDA graphs on a GPU (if neither is given: where it works)", "speed only"
     )
-    micro_batch_tokens: int = setting(16384, "response tokens in a forward and backward", "memory only", low=1)
-    recompute_activations: bool = setting(
-        True, "keep only each layer's input for the backward pass; a third slower", "authors' code; memory only"
+    micro_batch_tokens: int = setting(16384, "tokens in a forward and backward pass", "memory only", low=1)
+    recompute_activations: bool | None = setting(
+        None,
+        "keep only each layer's input for the backward pass; a third slower (if neither is given: where all "
+        "activations would not fit, by train.py's memory plan)",
+        "authors' code: on; memory only",
     )
     compute_dtype: str = setting(
         "auto",
@@ -1374,24 +1380,37 @@ def spread_within_groups(reward: Tensor, anchors: Tensor, group: Tensor) -> floa
     return ((spread / size).sum() / (1 / size).sum()).item()  # each group counts once
 
 
-def micro_batches(lengths: Sequence[int], budget: int, block: int | None = None) -> Iterator[list[int]]:
+def micro_batches(
+    lengths: Sequence[int],
+    budget: int,
+    block: int | None = None,
+    prompts: Sequence[tuple[int, int]] | None = None,
+) -> Iterator[list[int]]:
     """Rows cut into batches of at most `budget` tokens, padding counted (a longer row is alone).
 
     Rows of like length stand together, but only rows of one block of `block` rows (None: all are one block).
+    `prompts` names the prompt of each row and its length; a batch computes, and counts, each of its prompts once.
 
     >>> list(micro_batches([3, 9, 4, 2], budget=8))
     [[3, 0], [2], [1]]
     >>> list(micro_batches([3, 9, 4, 2], budget=8, block=2))
     [[0], [1], [3, 2]]
+    >>> list(micro_batches([2, 2, 2, 2], budget=13, prompts=[(0, 4), (0, 4), (1, 5), (1, 5)]))
+    [[0, 1], [2, 3]]
     """
     block = block or len(lengths)
     for start in range(0, len(lengths), block):
         batch: list[int] = []
+        before: dict[int, int] = {}  # the prompts of the batch and their lengths
         for row in sorted(range(start, min(start + block, len(lengths))), key=lengths.__getitem__):
-            if batch and (len(batch) + 1) * lengths[row] > budget:
+            of_row = dict([prompts[row]]) if prompts else {}
+            together = before | of_row
+            tokens = (len(batch) + 1) * lengths[row] + len(together) * max(together.values(), default=0)
+            if batch and tokens > budget:
                 yield batch
-                batch = []
+                batch, together = [], of_row
             batch.append(row)
+            before = together
         yield batch
 
 
@@ -1677,14 +1696,15 @@ class CLIPO(Contrast):
         tokens = sum(lengths)
         totals = {"policy_loss": 0.0, "clip_fraction": 0.0, "kl": None if self.reference is None else 0.0}
         block = 16 * config.samples_per_prompt  # rollouts of 16 prompts: the fewer, the more they share one
-        for rows in micro_batches(lengths, micro_batch_tokens, block):
+        before = [(g, len(prompts[g]) - 1) for g in rollouts.group.tolist()]  # (its last token is the response's)
+        for rows in micro_batches(lengths, micro_batch_tokens, block, before):
             rows = torch.tensor(rows, device=advantage.device)
             part = rollouts.select(rows)
             # A mean over tokens (or responses) is a mean of the parts' means, weighted by their tokens (or responses).
             token_share, response_share = part.mask.sum().item() / tokens, len(rows) / len(lengths)
             share = token_share if POLICY_LOSSES[config.policy_loss].mean_over == "tokens" else response_share
             logprobs = response_logprobs(
-                self.policy, prompts, part, temperature=temperature, recompute=config.recompute_activations
+                self.policy, prompts, part, temperature=temperature, recompute=bool(config.recompute_activations)
             )
             loss, stats = policy_loss(
                 logprobs,

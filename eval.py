@@ -291,6 +291,7 @@ def respond(model, tokenizer, prompts, decoding: Decoding, given: Evaluation, se
             top_p=decoding.top_p,
             generator=torch.Generator().manual_seed(seed),
             max_batch=given.max_batch,
+            cuda_graphs=given.cuda_graphs,
         )
     ids = [row[keep].tolist() for row, keep in zip(rollouts.tokens.cpu(), rollouts.mask.cpu(), strict=True)]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -337,6 +338,7 @@ class Evaluation:
     dtype: str
     lenient: bool
     save_rollouts: bool
+    cuda_graphs: bool | None = None
 
     def decoding_for(self, benchmark: str) -> Decoding:
         return Decoding(**{**asdict(DECODING[self.track or track_of(benchmark)]), **self.chosen})
@@ -369,6 +371,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], help="of matrix products (default: bfloat16 on a GPU)")
     p.add_argument("--max-batch", type=int, default=256, metavar="N", help="responses under way at once")
+    p.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, help="(default: on a GPU where they work)")
     p.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help="B - A, of two evaluations; needs no model")
     p.add_argument("--regrade", metavar="FILE", help="grade a rollouts.jsonl with texts again; needs no model")
     return p
@@ -399,6 +402,7 @@ def settings_from(model: str, given: argparse.Namespace, device: torch.device) -
         dtype=given.dtype or ("bfloat16" if device.type == "cuda" else "float32"),
         lenient=given.lenient,
         save_rollouts=given.save_rollouts,
+        cuda_graphs=given.cuda_graphs,
     )
 
 
@@ -423,7 +427,7 @@ def begin(settings: Evaluation, out: Path, resume: bool) -> list[dict]:
         before = json.loads(file.read_text(encoding="utf-8"))
         if not resume:
             raise UserError(f"{out} already holds an evaluation; go on with --resume, or choose another --out")
-        if changed := [name for name in wanted if before.get(name) != wanted[name]]:
+        if changed := [name for name in wanted if before.get(name) != wanted[name] and name != "cuda_graphs"]:
             raise UserError(f"{out} was begun with another {', '.join(changed)}; leave it so, or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(wanted, indent=1), encoding="utf-8")

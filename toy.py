@@ -283,6 +283,7 @@ def warm_start(
 ) -> None:
     """Supervised training on demonstrations, in place: AdamW, lr up over a tenth of the batches, then down to 0."""
     demonstrator = Demonstrator(seed, world)
+    budget = 1024 if model.device.type == "cpu" else 2**20  # tokens at once: what a core's cache holds; on a GPU all
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98))
     rise = max(1, batches // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -294,7 +295,7 @@ def warm_start(
         sequences = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
         predicted = sum(map(len, sequences)) - len(sequences)
         total = 0.0
-        for rows in clipo.micro_batches([len(s) for s in sequences], budget=1024):  # what a core's cache holds
+        for rows in clipo.micro_batches([len(s) for s in sequences], budget):
             tokens = clipo.pad_right([sequences[row] for row in rows], model.device)  # (rows, S)
             states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]  # (rows, S - 1, D)
             real = tokens[:, 1:] != tokenizer.pad_token_id
@@ -316,7 +317,14 @@ def warm_start(
 
 
 def evaluate(
-    model, tokenizer, *, count: int = 300, temperature: float = 0.0, world: World = WORLD, seed: int = 0
+    model,
+    tokenizer,
+    *,
+    count: int = 300,
+    temperature: float = 0.0,
+    world: World = WORLD,
+    seed: int = 0,
+    cuda_graphs: bool | None = None,
 ) -> dict[str, dict[str, tuple[int, int]]]:
     """Answers on `count` fixed stories of every level: {level: {metric: (successes, trials)}}.
 
@@ -334,6 +342,7 @@ def evaluate(
             eos_token_id=tokenizer.eos_token_id,
             temperature=temperature,
             generator=generator,
+            cuda_graphs=cuda_graphs,
         )
         texts = tokenizer.batch_decode(rollouts.tokens.cpu(), skip_special_tokens=True)
         right = are_correct(texts, [story.answer for story in test])

@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import math
 import os
 import random
 import shlex
@@ -33,9 +32,19 @@ from tqdm import tqdm
 
 import checkpoint
 import toy
-from clipo import CLIPO, INFORMATIVE, TRACKS, CLIPOConfig, OutOfMemory, Scored, ran_out_of_memory
+from clipo import (
+    CLIPO,
+    INFORMATIVE,
+    TRACKS,
+    CaptureFailed,
+    CLIPOConfig,
+    OutOfMemory,
+    Scored,
+    captures_failed,
+    ran_out_of_memory,
+)
 from eval import wilson
-from lab.memory import Plan, memory_plan
+from lab.memory import device_bytes, fitting, memory_plan
 from lab.report import write_report
 from problems import SUFFIX, TRAINING_SETS, OptionParser, Problem, UserError, are_correct, load_problems, prompt_ids
 
@@ -345,6 +354,8 @@ def train(trainer: CLIPO, task: ToyTask | DataTask, out: Path, save_every: int, 
             metrics, problems, sound = take_step(trainer, task)
             for row in logged_groups(metrics["step"], problems, trainer.last, sound, log_groups):
                 checkpoint.append_line(out / "rollouts.jsonl", row)
+            if trainer.policy in captures_failed:
+                metrics["without_cuda_graphs"] = captures_failed[trainer.policy]
             checkpoint.append_line(out / "metrics.jsonl", metrics)
             show_step(bar, metrics, sizes, trainer.sizes)
             skipped = skipped + 1 if metrics["skipped"] else 0
@@ -370,12 +381,18 @@ def show_step(bar: tqdm, metrics: dict, sizes_before: dict[str, int], sizes: dic
     bar.update()
 
 
-def show_plan(plan: Plan, device: torch.device) -> None:
-    """The memory plan, and whether the GPU has so much."""
+def show_plan(trainer: CLIPO, longest_prompt: int) -> None:
+    """The memory plan, and whether the device has so much."""
+    config, device = trainer.config, trainer.policy.device
+    plan, has = (
+        memory_plan(trainer.policy, config, longest_prompt, config.in_bfloat16(device.type)),
+        device_bytes(device),
+    )
     print(plan)
-    has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+    if config.recompute_activations:
+        print("  activations are computed again in the backward pass (--no-recompute-activations keeps them)")
     if plan.peak > has:
-        print(f"  the GPU has {has / 1e9:.1f} GB; a lower --max-batch or --micro-batch-tokens takes less")
+        print(f"  there are {has / 1e9:.1f} GB; a lower --max-batch or --micro-batch-tokens takes less")
 
 
 def toy_table(base: dict, trained: dict, count: int) -> str:
@@ -403,7 +420,10 @@ def percent(successes: int, trials: int) -> str:
 
 def finish_toy(settings: Settings, trainer: CLIPO, out: Path, base, count: int) -> None:
     """The table of base and trained model, and what to try next."""
-    results = [toy.evaluate(model, trainer.tokenizer, count=count) for model in (base, trainer.policy)]
+    results = [
+        toy.evaluate(model, trainer.tokenizer, count=count, cuda_graphs=trainer.config.cuda_graphs)
+        for model in (base, trainer.policy)
+    ]
     evaluation = json.dumps({"base": results[0], "trained": results[1]}, indent=1)
     checkpoint.write_text(out / "evaluation.json", evaluation)
     print(f"\n{toy_table(*results, count)}\n")
@@ -456,6 +476,7 @@ def open_run(settings: Settings, out: Path, device: torch.device, resume: bool) 
     policy, tokenizer = checkpoint.load_model(settings.model, device)
     task = ToyTask(config) if settings.data == "toy" else DataTask(config, settings.data, tokenizer)
     check_room(policy, task.longest_prompt, config.max_new_tokens)
+    config = fitting(policy, config, task.longest_prompt, config.in_bfloat16(device.type), device_bytes(device))
     try:
         trainer = CLIPO(policy, tokenizer, are_correct, config)
     except (ValueError, NotImplementedError) as reason:
@@ -479,12 +500,14 @@ def run(given: dict) -> int:
         if config.weight > 0 and config.steps <= config.head_warmup_steps:
             print(f"all {config.steps} steps are head warm-up (--head-warmup-steps {config.head_warmup_steps}): "
                   "the policy will not change")  # fmt: skip
-        show_plan(memory_plan(trainer.policy, config, task.longest_prompt, config.in_bfloat16(device.type)), device)
+        show_plan(trainer, task.longest_prompt)
         early = train(trainer, task, out, given.get("save_every", 20), given.get("log_groups", 2))
         write_report([out])
     except OSError as reason:
         why = f"{reason.filename or out}: {reason.strerror or reason}"
         raise UserError(f"{why}; expected a folder with room that can be written; what was saved stays") from reason
+    except CaptureFailed as reason:
+        raise UserError(f"--cuda-graphs: {reason}; leave it out, and rollouts go on without") from reason
     except RuntimeError as reason:
         if not (isinstance(reason, OutOfMemory) or ran_out_of_memory(reason)):
             raise

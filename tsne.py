@@ -94,17 +94,18 @@ def load_head(run: Path, config: dict, device: torch.device) -> clipo.Contrastiv
 
 
 @torch.no_grad()
-def embed(model, tokenizer, problems: Sequence[Problem], samples: int, max_new_tokens: int, seed: int) -> dict:
+def embed(model, tokenizer, problems: Sequence[Problem], given: argparse.Namespace) -> dict:
     """Sampled rollouts of the problems: hidden (B, D), right (B,) bool, question (B,), on the toy world sound (B,)."""
     on_toy = isinstance(problems[0], toy.Story)
     rollouts = clipo.generate(
         model,
         [prompt_ids(tokenizer, problem.question, "" if on_toy else SUFFIX) for problem in problems],
-        samples_per_prompt=samples,
-        max_new_tokens=max_new_tokens,
+        samples_per_prompt=given.samples,
+        max_new_tokens=given.max_new_tokens,
         eos_token_id=clipo.end_of_sequence_ids(model, tokenizer),
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(given.seed),
         max_batch=256,
+        cuda_graphs=given.cuda_graphs,
     )
     ids = [row[keep].tolist() for row, keep in zip(rollouts.tokens.cpu(), rollouts.mask.cpu(), strict=True)]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -123,7 +124,7 @@ def panels(models: Sequence[str], problems: Sequence[Problem], given: argparse.N
     for name, source in [*([("before", first["model"])] if first else []), *((Path(m).name, m) for m in models)]:
         model, tokenizer = checkpoint.load_model(source, device)
         try:
-            one = embed(model, tokenizer, problems, given.samples, given.max_new_tokens, given.seed)
+            one = embed(model, tokenizer, problems, given)
         except (ValueError, NotImplementedError) as reason:
             raise UserError(f"model {source}: {reason}") from reason
         if name != "before" and (settings := checkpoint.read_settings(Path(source))):
@@ -256,6 +257,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="of the rollouts and of t-SNE (default: 0)")
     p.add_argument("--out", type=Path, metavar="FOLDER", help="(default: the last run's, else this one)")
     p.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    p.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, help="(default: on a GPU where they work)")
     return p
 
 

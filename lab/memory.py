@@ -10,9 +10,10 @@ sizes; `python -m lab.bench update` compares the two on any machine.
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -74,12 +75,15 @@ def memory_plan(model: nn.Module, config: CLIPOConfig, longest_prompt: int, bflo
         "bfloat16 copy": copies,
         "cache": product * 2 * layers * KV * (rows * slots + prompts),
         "rollouts": 17 * B * T,  # with a random number for each token
-        # Prefill holds a layer's activations; decoding holds logits, log-probs, probabilities and their sums.
-        "activations, logits": max(prompts * (8 * D + 3 * product * FF), rows * V * (12 + product)),
+        # Prefill holds a layer's activations; decoding holds logits, probabilities and their sums.
+        "activations, logits": max(prompts * (8 * D + 3 * product * FF), rows * V * (8 + product)),
     }
 
-    R = min(B, max(1, config.micro_batch_tokens // T))  # rows of one of several micro-batches
-    n, p = R * T, min(R, 16, config.prompts_per_step) * longest_prompt  # its tokens, those of its prompts
+    # Rows of one of several micro-batches: each with a prompt of its own, or so many that they share 16 prompts.
+    several = min(16, config.prompts_per_step)
+    alone = min(several, config.micro_batch_tokens // (T + longest_prompt))
+    R = min(B, max(1, alone, (config.micro_batch_tokens - several * longest_prompt) // T))
+    n, p = R * T, min(R, several) * longest_prompt  # its tokens, those of its prompts
     keys = n + R * longest_prompt  # prompt and response, for every row
     of_responses, of_prompts = (layer_activations(*part, D, FF, product) for part in ((n, keys), (p, p)))
     kept, kept_of_prompts = layers * of_responses, (layers - 1) * of_prompts  # (of prompts nobody asks the last layer)
@@ -97,6 +101,28 @@ def memory_plan(model: nn.Module, config: CLIPOConfig, longest_prompt: int, bflo
         **max(begin, turn, key=lambda parts: sum(parts.values())),
     }
     return plan
+
+
+def device_bytes(device: torch.device) -> float:
+    """The memory of a GPU, or of this machine; infinite where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return math.inf
+
+
+def fitting(model: nn.Module, config: CLIPOConfig, longest_prompt: int, bfloat16: bool, room: float) -> CLIPOConfig:
+    """The settings with `recompute_activations` decided: only where all activations would not fit in `room` bytes.
+
+    (Nine tenths of them: the plan is of tensors, and an allocator has gaps.)
+    """
+    if config.recompute_activations is not None:
+        return config
+    kept = replace(config, recompute_activations=False)
+    again = memory_plan(model, kept, longest_prompt, bfloat16).peak > 0.9 * room
+    return replace(config, recompute_activations=again)
 
 
 def layer_activations(tokens: int, keys: int, D: int, FF: int, product: int) -> float:
@@ -173,15 +199,18 @@ def show(arguments: Sequence[str] | None) -> None:
     given = vars(train.parser().parse_args(arguments))
     config = train.settings_from({"model": "", "max_new_tokens": 1024, "command": "", **given}).config
     if "model" in given:
-        chosen = {given["model"]: of_name(given["model"])}
+        chosen = {given["model"]: (of_name(given["model"]), device_bytes(torch.device("cpu")))}
     else:
         chosen = {
-            f"{name}, for a card of {card} GB": without_weights(qwen_config(*shape))
+            f"{name}, for a card of {card} GB": (without_weights(qwen_config(*shape)), card * 1e9)
             for name, (shape, card) in MODELS.items()
         }
-    for name, model in chosen.items():
-        plan = memory_plan(model, config, config.max_prompt_tokens, config.compute_dtype != "float32")
-        print(f"{name}; prompts of {config.max_prompt_tokens} tokens, responses of {config.max_new_tokens}\n{plan}\n")
+    prompt, bfloat16 = config.max_prompt_tokens, config.compute_dtype != "float32"
+    for name, (model, room) in chosen.items():
+        decided = fitting(model, config, prompt, bfloat16, room)
+        how = "computed again" if decided.recompute_activations else "kept"
+        print(f"{name}; prompts of {prompt} tokens, responses of {config.max_new_tokens}, activations {how}")
+        print(f"{memory_plan(model, decided, prompt, bfloat16)}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,12 +1,21 @@
 """On a GPU the same comes out as on a CPU. What needs one skips where there is none."""
 
 import copy
+import warnings
 
 import pytest
 import torch
+from conftest import CONFIGS, PROMPTS, make_model
 from test_batch import assert_same, roll_out
+from test_safety import TINY_RUN
+from test_step import ANSWERS, SMALL, TOKENIZER, even
 
+import checkpoint
 import clipo
+import eval as evaluation
+import toy
+import train
+import tsne
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -50,3 +59,134 @@ def test_cudnn_does_not_attend(qwen2):
     with clipo.our_attention(qwen2):
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+# ----------------------------------------------------------------------------------------------------
+# Graphs
+# ----------------------------------------------------------------------------------------------------
+
+
+def trainer_on_gpu(**settings):
+    model = make_model(CONFIGS["qwen2"]).cuda()
+    chosen = {**SMALL, "max_new_tokens": 24, "compute_dtype": "float32", **settings}
+    return clipo.CLIPO(model, TOKENIZER, even, clipo.CLIPOConfig(**chosen))
+
+
+def while_capturing(monkeypatch, what):
+    """`what` happens in each decode step that is captured, and in no other."""
+    sample = clipo.sample
+
+    def sample_or(*arguments):
+        if torch.cuda.is_current_stream_capturing():
+            what()
+        return sample(*arguments)
+
+    monkeypatch.setattr(clipo, "sample", sample_or)
+
+
+def wait():
+    torch.ones(1, device="cuda").item()
+
+
+def run_out():
+    raise RuntimeError("CUDA error: out of memory")
+
+
+@needs_gpu
+def test_a_capture_that_fails_is_said_once_and_the_run_goes_on(qwen2, monkeypatch):
+    model, expected = copy.deepcopy(qwen2).cuda(), roll_out(qwen2)
+    while_capturing(monkeypatch, wait)
+    with pytest.warns(UserWarning, match="cannot be captured as a CUDA graph .* rollouts go on without"):
+        got = roll_out(model)
+    assert_same(on_cpu(got), expected)
+    with warnings.catch_warnings(action="error"):
+        assert_same(on_cpu(roll_out(model)), expected)
+    assert "cannot be captured" in clipo.captures_failed[model]
+
+
+@needs_gpu
+def test_graphs_asked_for_by_name_fail_loudly(qwen2, monkeypatch):
+    while_capturing(monkeypatch, wait)
+    with pytest.raises(clipo.CaptureFailed, match="cannot be captured as a CUDA graph"):
+        roll_out(copy.deepcopy(qwen2).cuda(), cuda_graphs=True)
+
+
+@needs_gpu
+def test_memory_that_runs_out_in_a_capture_halves_the_batch(monkeypatch):
+    t, failures = trainer_on_gpu(), []
+    sample = clipo.sample
+
+    def on_a_small_gpu(logits, *more):
+        if torch.cuda.is_current_stream_capturing() and len(logits) > 4:
+            failures.append(len(logits))
+            run_out()
+        return sample(logits, *more)
+
+    monkeypatch.setattr(clipo, "sample", on_a_small_gpu)
+    assert t.step(PROMPTS, ANSWERS)["skipped"] is None
+    assert failures and t.sizes["max_batch"] <= 4 and t.policy not in clipo.captures_failed
+
+
+@needs_gpu
+def test_only_what_comes_up_a_few_times_is_captured(qwen2, monkeypatch):
+    captured, capture = [], clipo.CapturedSteps.capture
+    monkeypatch.setattr(clipo.CapturedSteps, "capture", lambda self, kind: captured.append(kind) or capture(self, kind))
+    roll_out(copy.deepcopy(qwen2).cuda(), max_new_tokens=3)
+    assert not captured
+    roll_out(copy.deepcopy(qwen2).cuda(), max_new_tokens=40)
+    assert 1 <= len(captured) == len(set(captured)) <= 5
+
+
+# ----------------------------------------------------------------------------------------------------
+# The commands
+# ----------------------------------------------------------------------------------------------------
+
+
+@needs_gpu
+def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch):
+    """Graphs are captured on the current device: one captured on another stays empty, and decoding never ends."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert checkpoint.device_from("cuda:0") == chosen[0] == torch.device("cuda:0")
+
+
+@needs_gpu
+def test_every_command_runs_and_writes_what_a_cpu_writes(tmp_path):
+    texts = {}
+    for device in ("cpu", "cuda"):
+        out = tmp_path / f"{device}-run"
+        options = [*TINY_RUN, "--max-new-tokens", "24", "--device", device, "--log-groups", "9", "--out", str(out)]
+        assert train.main([*options, "--steps", "2"]) == 0
+        shared = ["--device", device, "--out", str(out)]
+        assert train.main(["--resume", "--steps", "3", "--test-stories", "5", *shared]) == 0
+        assert evaluation.main([str(out), "--limit", "5", *shared[:2], "--save-rollouts", "--dtype", "float32"]) == 0
+        small = ["--questions", "3", "--samples", "4", "--perplexity", "3"]
+        assert tsne.main([str(out), *small, "--device", device]) == 0
+        rows = checkpoint.read_lines(out / "rollouts.jsonl")
+        texts[device] = [rollout["text"] for row in rows for rollout in row["rollouts"]]
+        texts[device] += [
+            text for row in checkpoint.read_lines(out / "eval" / "rollouts.jsonl") for text in row["texts"]
+        ]
+    assert texts["cuda"] == texts["cpu"]
+
+
+@needs_gpu
+def test_a_run_whose_captures_fail_says_so_in_its_log(tmp_path, monkeypatch, capsys):
+    while_capturing(monkeypatch, wait)
+    out = tmp_path / "run"
+    options = [*TINY_RUN, "--max-new-tokens", "24", "--device", "cuda", "--steps", "2"]
+    with pytest.warns(UserWarning, match="cannot be captured"):
+        assert train.main([*options, "--out", str(out)]) == 0
+    rows = checkpoint.read_lines(out / "metrics.jsonl")
+    assert all("cannot be captured" in row["without_cuda_graphs"] for row in rows)
+    assert train.main([*options, "--out", str(tmp_path / "other"), "--cuda-graphs"]) == 2
+    assert "error: --cuda-graphs: a decode step cannot be captured" in capsys.readouterr().err
+
+
+@needs_gpu
+def test_a_warm_start_batch_on_a_gpu_is_one_forward_pass(monkeypatch):
+    tokenizer = toy.make_tokenizer()
+    model, passes = toy.make_model("tiny", tokenizer, 0).cuda(), []
+    model.model.register_forward_hook(lambda *_: passes.append(1))
+    toy.warm_start(model, tokenizer, 0, batches=2)
+    assert len(passes) == 2

@@ -67,6 +67,7 @@ def test_the_named_models_fit_their_cards(name):
     model = memory.without_weights(memory.qwen_config(*shape))
     config = clipo.CLIPOConfig(max_new_tokens=1024)
     assert config.samples_per_prompt == 16
+    config = memory.fitting(model, config, config.max_prompt_tokens, True, room=1e9 * card)
     plan = memory.memory_plan(model, config, config.max_prompt_tokens, bfloat16=True)
     assert plan.peak < 0.95e9 * card
     billions = sum(p.numel() for p in model.parameters()) / 1e9
@@ -76,11 +77,21 @@ def test_the_named_models_fit_their_cards(name):
     assert billions == pytest.approx({24: 0.494, 48: 1.544, 80: 3.086}[card], abs=1e-3)  # as their model cards say
 
 
+@pytest.mark.parametrize("name, gigabytes, again", [("Qwen2.5-0.5B", 80, False), ("Qwen2.5-3B", 80, True)])
+def test_activations_are_computed_again_only_where_they_would_not_fit(name, gigabytes, again):
+    model = memory.without_weights(memory.qwen_config(*memory.MODELS[name][0]))
+    config = clipo.CLIPOConfig(max_new_tokens=1024)
+    assert memory.fitting(model, config, 512, True, 1e9 * gigabytes).recompute_activations is again
+    for chosen in (True, False):  # who asks is obeyed
+        asked = clipo.CLIPOConfig(recompute_activations=chosen)
+        assert memory.fitting(model, asked, 512, True, 1e9 * gigabytes) == asked
+
+
 def test_the_command(tmp_path, capsys):
     make_model(CONFIGS["llama"]).save_pretrained(tmp_path / "model")
     assert memory.main(["--model", tmp_path / "model", "--max-new-tokens", "7"]) == 0
-    assert "responses of 7\nmemory, planned: " in capsys.readouterr().out
+    assert "responses of 7, activations kept\nmemory, planned: " in capsys.readouterr().out
     assert memory.main([]) == 0
-    assert "Qwen2.5-3B, for a card of 80 GB; prompts of 512 tokens, responses of 1024" in capsys.readouterr().out
+    assert "Qwen2.5-3B, for a card of 80 GB; prompts of 512 tokens, responses of 1024, " in capsys.readouterr().out
     assert memory.main(["--model", tmp_path]) == 2
     assert capsys.readouterr().err.startswith(f"error: model {tmp_path} could not be opened: ")

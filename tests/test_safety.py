@@ -341,13 +341,34 @@ def test_it_is_told_when_memory_runs_out():
     assert not clipo.ran_out_of_memory(RuntimeError("shapes do not match"))
 
 
+@pytest.mark.parametrize(
+    "first, then",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), "CUDA error: operation failed due to a previous error"),
+        (RuntimeError("CUDA error: out of memory"), "a decode step cannot be captured"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), None),
+    ],
+)
+def test_it_is_told_in_a_capture_and_of_a_gpus_libraries_too(first, then):
+    try:
+        try:
+            raise first
+        except RuntimeError:
+            if then is None:
+                raise
+            raise RuntimeError(then)  # noqa: B904, as torch.cuda.graph does where it ends
+    except RuntimeError as error:
+        assert clipo.ran_out_of_memory(error)
+
+
 def test_with_less_memory_the_update_is_cut_finer_and_stays_the_same(monkeypatch):
     plenty, little = trainer(lr=1e-3), trainer(lr=1e-3)
     plenty.step(PROMPTS, ANSWERS)
     response_logprobs, failures = clipo.response_logprobs, []
 
     def on_a_small_machine(model, prompts, rollouts, **options):
-        if rollouts.tokens.numel() > 24:
+        asked = [len(prompts[g]) - 1 for g in rollouts.group.unique().tolist()]  # each is computed once
+        if rollouts.tokens.numel() + len(asked) * max(asked) > 24:
             failures.append(rollouts.tokens.numel())
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
         return response_logprobs(model, prompts, rollouts, **options)

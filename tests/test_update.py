@@ -214,3 +214,21 @@ def test_the_cache_is_freed_before_the_update(monkeypatch):
     finally:
         gc.enable()
     assert alive == [before]
+
+
+def test_no_micro_batch_exceeds_its_budget_prompts_included(monkeypatch):
+    """Short answers to long prompts: each prompt is computed once in every micro-batch that has one of its answers."""
+    model, sizes = make_model(CONFIGS["qwen2"]), []
+    prompts = [[5] * 60 + [g] for g in range(8)]
+    rollouts = clipo.Rollouts.blank(torch.arange(8).repeat_interleave(2), 4, 32, pad=1)
+    rollouts.mask[:] = True
+    response_logprobs = clipo.response_logprobs
+
+    def counted(model, prompts, part, **options):
+        sizes.append(part.tokens.numel() + 60 * len(part.group.unique()))
+        return response_logprobs(model, prompts, part, **options)
+
+    monkeypatch.setattr(clipo, "response_logprobs", counted)
+    config = clipo.CLIPOConfig(micro_batch_tokens=150, beta=0, samples_per_prompt=2, max_new_tokens=4)
+    clipo.CLIPO(model, TOKENIZER, None, config).update(prompts, rollouts, torch.ones(16))
+    assert max(sizes) <= 150 and sum(sizes) >= 16 * 4 + 8 * 60
