@@ -29,7 +29,7 @@ from scipy import stats
 
 import toy
 import tsne
-from clipo import INFORMATIVE, CLIPOConfig
+from config import INFORMATIVE, CLIPOConfig
 from lab.bench import markdown
 from lab.runs import ROOT, SHARES, Run, known_runs, make
 from problems import OptionParser
@@ -93,7 +93,7 @@ HEAD = {
     "no warm-up": Arm({"head_warmup_steps": 0}),
     "warm-up of 12 steps": Arm({"head_warmup_steps": 12}),
 }
-TEMPERATURE = {"GRPO": GRPO} | {f"tau {t}": Arm({"contrastive_temperature": t}) for t in (0.02, 0.05, 0.1, 0.5)}
+TEMPERATURE = {"GRPO": GRPO} | {f"tau {t}": Arm({"tau": t}) for t in (0.02, 0.05, 0.1, 0.5)}
 WEIGHT = {"GRPO": GRPO} | {f"lambda {weight}": Arm({"weight": weight}) for weight in (0.1, 0.3, 1.0, 2.0)}
 PRECISION = {"GRPO": GRPO, "float32": CLIPO, "bfloat16": Arm({"compute_dtype": "bfloat16"})}
 GROUP_SIZE = {
@@ -107,15 +107,13 @@ GROUP_SIZE = {
 UNSCALED = {"scale_by_std": False}
 SCOPE = (
     {"GRPO": GRPO}
-    | {scope: Arm({"contrastive_scope": scope}) for scope in ("group", "cross", "batch")}
+    | {scope: Arm({"contrastive_scope": scope}) for scope in ("group", "wrong_of_all", "batch")}
     | {
         # Two ideas of ours: consensus over all questions by a head that the verdicts do not teach, and advantages that
         # do not blow up what little tells the rollouts of an all-right group apart.
-        "batch, tau 0.2, fixed head": Arm(
-            {"contrastive_scope": "batch", "contrastive_temperature": 0.2, "head_steps": 0}
-        ),
+        "batch, tau 0.2, fixed head": Arm({"contrastive_scope": "batch", "tau": 0.2, "head_steps": 0}),
         "GRPO, unscaled": Arm(UNSCALED | {"weight": 0.0}, None),
-        "cross, unscaled": Arm(UNSCALED, "GRPO, unscaled"),
+        "wrong_of_all, unscaled": Arm(UNSCALED, "GRPO, unscaled"),
     }
 )
 
@@ -127,7 +125,7 @@ CHANGES: dict[str, dict] = {
     "weight 1": {"weight": INFORMATIVE["weight"]},
     "all positives": {"contrastive_kind": "supcon_out"},
     "decoupled": {"contrastive_kind": "decoupled"},
-    "tau 0.5": {"contrastive_temperature": INFORMATIVE["contrastive_temperature"]},
+    "tau 0.5": {"tau": INFORMATIVE["tau"]},
     "4 head steps": {"head_steps": INFORMATIVE["head_steps"]},
     "negatives from the batch": {"contrastive_scope": INFORMATIVE["contrastive_scope"]},
 }

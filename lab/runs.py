@@ -24,9 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
-import clipo
 import toy
-from clipo import CLIPO, CLIPOConfig
+from config import CLIPOConfig
+from engine.guard import Trainer
 from lab.bench import commit, processor
 from problems import are_correct
 from train import ToyTask, take_step, warm_started
@@ -37,9 +37,8 @@ SHARES = 5  # bins of the share of sound ones among a group's correct rollouts
 
 def fingerprint() -> str:
     """Of everything that a run does not name because it is the default: another default makes other runs."""
-    config = asdict(CLIPOConfig.for_track("toy"))
-    del config["recompute_activations"]  # it is younger than the first results, and changes no bit of one
-    config |= {"cuda_graphs": True, "micro_batch_tokens": 2048}  # as it was then: how fast, not what
+    only_speed = ("max_batch", "cuda_graphs", "micro_batch_tokens", "recompute_activations")
+    config = {name: v for name, v in asdict(CLIPOConfig.for_track("toy")).items() if name not in only_speed}
     usual = [config, asdict(toy.WORLD)]
     return hashlib.sha256(json.dumps(usual, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -73,40 +72,36 @@ class Run:
 # ----------------------------------------------------------------------------------------------------
 
 
-def payments(
-    contrastive: Tensor, reward: Tensor, correct: Tensor, sound: Tensor, group: Tensor
-) -> list[tuple[float, float]]:
+def payments(contrastive: Tensor, reward: Tensor, correct: Tensor, sound: Tensor) -> list[tuple[float, float]]:
     """(share of sound among the correct, gap) of every group with both a sound and an unsound correct rollout.
 
     The gap is what the contrastive reward pays a sound correct rollout more than an unsound one, in units of the
-    standard deviation of the group's rewards R: by so much their advantages differ. All arguments (B,).
+    standard deviation of the group's rewards R: by so much their advantages differ. All arguments (P, G).
 
     R is 1, 0.5 and 0, its standard deviation 0.5:
-    >>> rc, correct = torch.tensor([0.0, -0.5, 0.0]), torch.tensor([True, True, False])
-    >>> (share, gap), = payments(rc, correct + rc, correct, torch.tensor([True, False, False]), torch.zeros(3).long())
+    >>> rc, correct = torch.tensor([[0.0, -0.5, 0.0]]), torch.tensor([[True, True, False]])
+    >>> (share, gap), = payments(rc, correct + rc, correct, torch.tensor([[True, False, False]]))
     >>> share, round(gap, 4)
     (0.5, 1.0)
     """
     gaps = []
-    std = clipo.group_std(reward, group)
-    for g in group.unique():
-        right, wrongly = (correct & sound & (group == g)), (correct & ~sound & (group == g))
+    for paid, std, right, wrongly in zip(contrastive, reward.std(-1), correct & sound, correct & ~sound, strict=True):
         if right.any() and wrongly.any():
             share = right.sum() / (right | wrongly).sum()
-            gap = (contrastive[right].mean() - contrastive[wrongly].mean()) / (std[right][0] + 1e-6)
+            gap = (paid[right].mean() - paid[wrongly].mean()) / (std + 1e-6)
             gaps.append((share.item(), gap.item()))
     return gaps
 
 
-def mean_cosine(embedding: Tensor, correct: Tensor, group: Tensor) -> float | None:
-    """Mean cosine between two correct rollouts of one group, over all groups with two: (B, E), (B,), (B,).
+def mean_cosine(embedding: Tensor, correct: Tensor) -> float | None:
+    """Mean cosine between two correct rollouts of one group, over all groups with two: (P, G, E), (P, G).
 
-    >>> mean_cosine(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]), torch.ones(3).bool(), torch.tensor([0, 0, 1]))
+    >>> mean_cosine(torch.tensor([[[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]]), torch.tensor([[True, True, False]]))
     0.6000000238418579
     """
     means = []
-    for g in group.unique():
-        z = embedding[correct & (group == g)]
+    for group, right in zip(embedding, correct, strict=True):
+        z = group[right]
         if len(z) > 1:
             means.append(((z @ z.t()).sum() - len(z)) / (len(z) * (len(z) - 1)))  # the diagonal is 1
     return torch.stack(means).mean().item() if means else None
@@ -148,16 +143,16 @@ KEPT = ("accuracy", "process", "on_floor", "contrastive_reward_std", "groups_wit
 def execute_train(run: Run, runs: Path, device: torch.device) -> dict:
     """Train from the warm start; each step's measurements and the evaluation of the last policy."""
     model, tokenizer, world = open_start(run, runs, device)
-    trainer = CLIPO(model, tokenizer, are_correct, CLIPOConfig.for_track("toy", seed=run.seed, **run.config))
+    trainer = Trainer(model, tokenizer, are_correct, CLIPOConfig.for_track("toy", seed=run.seed, **run.config))
     task, mechanism = ToyTask(trainer.config, world), Mechanism()
     history: dict[str, list] = {name: [] for name in (*KEPT, "sound_share", "cosine")}
     for _ in range(trainer.config.steps):
         metrics, _, sound = take_step(trainer, task)
         scored, sound = trainer.last, torch.tensor(sound, device=device)
-        correct, group = scored.correct, scored.rollouts.group
+        correct, contrast = scored.correct, scored.contrast
         metrics["sound_share"] = (correct & sound).sum().item() / max(1, correct.sum().item())
-        metrics["cosine"] = mean_cosine(scored.embedding, correct, group)
-        mechanism.add(scored.contrastive, scored.reward, correct, sound, group)
+        metrics["cosine"] = mean_cosine(contrast.embedding, correct)
+        mechanism.add(contrast.reward, scored.reward, correct, sound)
         for name, values in history.items():
             values.append(metrics[name])
     return {
@@ -174,7 +169,7 @@ def execute_frozen(run: Run, runs: Path, device: torch.device) -> dict:
     """
     model, tokenizer, world = open_start(run, runs, device)
     trainers = {
-        arm: CLIPO(model, tokenizer, are_correct, CLIPOConfig.for_track("toy", seed=run.seed, **changes))
+        arm: Trainer(model, tokenizer, are_correct, CLIPOConfig.for_track("toy", seed=run.seed, **changes))
         for arm, changes in run.config.items()
     }
     first = next(iter(trainers.values()))
@@ -182,18 +177,16 @@ def execute_frozen(run: Run, runs: Path, device: torch.device) -> dict:
     for step in range(first.config.steps):
         stories = task.problems(step)
         prompts = [tokenizer(story.question)["input_ids"] for story in stories]
-        rollouts, texts, correct, _ = first.sample(prompts, [story.answer for story in stories], None, {})
-        group = rollouts.group
-        sound = [toy.is_sound(stories[g], text) for g, text in zip(group.tolist(), texts, strict=True)]
-        sound = torch.tensor(sound, device=device)
+        _, rollouts, texts, correct = first.sample(prompts, [story.answer for story in stories])
+        sound = torch.tensor(task.soundness(stories, texts), device=device)
         for arm, trainer in trainers.items():
-            _, loss, anchors, *_ = trainer.contrast(rollouts.hidden, correct, group)
-            rc = trainer.reward_agreement(loss, anchors, correct, group)
+            contrast = trainer.contrast(rollouts.hidden, correct)
+            rc = contrast.reward
             trainer.steps_done += 1
             if step >= first.config.steps // 3:
                 mechanism, on_floor = found[arm]
-                mechanism.add(rc, correct + rc, correct, sound, group)
-                on_floor += (rc[anchors] <= trainer.config.reward_floor).tolist()
+                mechanism.add(rc, correct + rc, correct, sound)
+                on_floor += (rc[contrast.pairs.anchor] <= trainer.config.reward_floor).tolist()
     return {
         "arms": {
             arm: {
