@@ -30,8 +30,9 @@ import transformers
 from tqdm import tqdm
 
 import checkpoint
-import clipo
 import toy
+from clipo import end_of_sequence_ids
+from engine.rollouts import check_model, generate
 from problems import (
     BENCHMARKS,
     SUFFIX,
@@ -269,7 +270,7 @@ def respond(model, tokenizer, prompts, decoding: Decoding, given: Evaluation, se
 
     A prompt that leaves no room for a response gets empty ones.
     """
-    k, stop = decoding.samples, clipo.end_of_sequence_ids(model, tokenizer)
+    k, stop = decoding.samples, end_of_sequence_ids(model, tokenizer)
     room = getattr(model.config, "max_position_embeddings", math.inf) - decoding.max_new_tokens
     if room < 1:
         raise UserError(
@@ -281,7 +282,7 @@ def respond(model, tokenizer, prompts, decoding: Decoding, given: Evaluation, se
     if not fitting:
         return responses
     with torch.autocast(model.device.type, torch.bfloat16, enabled=given.dtype == "bfloat16"):
-        rollouts = clipo.generate(
+        rollouts = generate(
             model,
             [prompts[i] for i in fitting],
             samples_per_prompt=k,
@@ -293,7 +294,8 @@ def respond(model, tokenizer, prompts, decoding: Decoding, given: Evaluation, se
             max_batch=given.max_batch,
             cuda_graphs=given.cuda_graphs,
         )
-    ids = [row[keep].tolist() for row, keep in zip(rollouts.tokens.cpu(), rollouts.mask.cpu(), strict=True)]
+    rows = zip(rollouts.tokens.flatten(0, 1).cpu(), rollouts.mask.flatten(0, 1).cpu(), strict=True)
+    ids = [tokens[mask].tolist() for tokens, mask in rows]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     for place, i in enumerate(fitting):
         mine = slice(place * k, place * k + k)
@@ -438,8 +440,8 @@ def open_model(settings: Evaluation, device: torch.device):
     """Model and tokenizer. Raises UserError if it cannot be opened or `generate` cannot serve it."""
     model, tokenizer = checkpoint.load_model(settings.model, device)
     try:
-        clipo.check_model(model)
-        clipo.end_of_sequence_ids(model, tokenizer)
+        check_model(model)
+        end_of_sequence_ids(model, tokenizer)
     except (ValueError, NotImplementedError) as reason:
         raise UserError(f"model {settings.model}: {reason}") from reason
     return model, tokenizer

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-import clipo
+from engine.rollouts import generate, output_logits, pad_right
+from engine.update import micro_batches
 from problems import Problem, are_correct
 
 LARGEST = 40  # the largest number of the world
@@ -295,11 +296,11 @@ def warm_start(
         sequences = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
         predicted = sum(map(len, sequences)) - len(sequences)
         total = 0.0
-        for rows in clipo.micro_batches([len(s) for s in sequences], budget):
-            tokens = clipo.pad_right([sequences[row] for row in rows], model.device)  # (rows, S)
+        for rows in micro_batches([len(s) for s in sequences], budget):
+            tokens = pad_right([sequences[row] for row in rows], model.device)  # (rows, S)
             states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]  # (rows, S - 1, D)
             real = tokens[:, 1:] != tokenizer.pad_token_id
-            logits = clipo.output_logits(model, states[real])  # (tokens to predict, V)
+            logits = output_logits(model, states[real])  # (tokens to predict, V)
             loss = F.cross_entropy(logits, tokens[:, 1:][real], reduction="sum") / predicted
             loss.backward()
             total += loss.item()
@@ -334,7 +335,7 @@ def evaluate(
     results = {}
     for name, level in LEVELS.items():
         test = stories(f"test {name} {seed}", level, count, world)
-        rollouts = clipo.generate(
+        rollouts = generate(
             model,
             [tokenizer(story.question)["input_ids"] for story in test],
             samples_per_prompt=1,
@@ -344,7 +345,7 @@ def evaluate(
             generator=generator,
             cuda_graphs=cuda_graphs,
         )
-        texts = tokenizer.batch_decode(rollouts.tokens.cpu(), skip_special_tokens=True)
+        texts = tokenizer.batch_decode(rollouts.tokens[:, 0].cpu(), skip_special_tokens=True)
         right = are_correct(texts, [story.answer for story in test])
         sound = [is_sound(story, text) for text, story in zip(texts, test, strict=True)]
         lucky = sum(r and not s for r, s in zip(right, sound, strict=True))

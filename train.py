@@ -27,25 +27,17 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
 import toy
-from clipo import (
-    CLIPO,
-    INFORMATIVE,
-    TRACKS,
-    CaptureFailed,
-    CLIPOConfig,
-    OutOfMemory,
-    Scored,
-    captures_failed,
-    ran_out_of_memory,
-)
+from clipo import Scored
+from config import ENGINES, TRACKS, CLIPOConfig, add_options, config_from
+from engine.guard import OutOfMemory, Trainer
+from engine.memory import device_bytes, fitting, memory_plan
+from engine.report import write_report
+from engine.rollouts import CaptureFailed, captures_failed, ran_out_of_memory
 from eval import wilson
-from lab.memory import device_bytes, fitting, memory_plan
-from lab.report import write_report
 from problems import SUFFIX, TRAINING_SETS, OptionParser, Problem, UserError, are_correct, load_problems, prompt_ids
 
 # ----------------------------------------------------------------------------------------------------
@@ -73,9 +65,10 @@ class ToyTask:
     def stories(self, seed: str) -> list[toy.Story]:
         return toy.stories(seed, toy.TRAINING_LEVEL, self.config.prompts_per_step, self.world)
 
-    def soundness(self, problems: Sequence[toy.Story], scored: Scored) -> list[bool] | None:
-        groups = scored.rollouts.group.tolist()
-        return [toy.is_sound(problems[g], text) for g, text in zip(groups, scored.texts, strict=True)]
+    def soundness(self, problems: Sequence[toy.Story], texts: list[list[str]]) -> list[list[bool]] | None:
+        """Of P stories and G responses to each."""
+        both = zip(problems, texts, strict=True)
+        return [[toy.is_sound(story, text) for text in responses] for story, responses in both]
 
 
 class DataTask:
@@ -114,7 +107,7 @@ class DataTask:
         while True:
             yield draw.choice(self.all)
 
-    def soundness(self, problems: Sequence[Problem], scored: Scored) -> list[bool] | None:
+    def soundness(self, problems: Sequence[Problem], texts: list[list[str]]) -> list[list[bool]] | None:
         return None  # nobody knows
 
 
@@ -135,6 +128,7 @@ class Settings:
     warm_start_batches: int
     config: CLIPOConfig
     command: str = ""  # that began the run
+    engine: str = "fast"  # whose functions computed it; (all runs from before there was a choice)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -153,22 +147,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--warm-start-batches", type=int, metavar="N", help="its supervised batches (default: 800)")
     p.add_argument("--out", metavar="FOLDER", help="where the run is written (default: runs/NAME, by the options)")
     p.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    p.add_argument(
+        "--engine", choices=ENGINES,
+        help="plain: the functions of clipo.py; fast: their twins in engine/ (default: fast; plain for the toy's)",
+    )  # fmt: skip
     p.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints (default: 20)")
     p.add_argument("--log-groups", type=int, metavar="N", help="groups of each step in rollouts.jsonl (default: 2)")
     p.add_argument("--test-stories", type=int, metavar="N", help="of each level in the toy's table (default: 300)")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, with its settings")
     group = p.add_argument_group("hyperparameters (a value per track where tracks differ; in brackets the source)")
-    for f in dataclasses.fields(CLIPOConfig):
-        about = f.metadata
-        values = {name: {**track, **(INFORMATIVE if name == "toy" else {})} for name, track in TRACKS.items()}
-        special = "".join(f"; {name}: {v[f.name]}" for name, v in values.items() if f.name in v)
-        kind = float if f.default is None else type(f.default)
-        if "bool" in f.type:
-            how = {"action": argparse.BooleanOptionalAction}
-        else:
-            how = {"type": kind, **({"choices": about["choices"]} if about["choices"] else {"metavar": kind.__name__})}
-        text = f"{about['meaning']} (default: {f.default}{special})" + (about["source"] and f" [{about['source']}]")
-        group.add_argument("--" + f.name.replace("_", "-"), help=text.replace("%", "%%"), **how)
+    add_options(group)
     return p
 
 
@@ -178,14 +166,10 @@ def settings_from(given: dict) -> Settings:
     if data != "toy" and "model" not in given:
         raise UserError(f"--data is {data} but no --model is given; expected --model with a folder or a hub name")
     track = given.get("track", data if data in TRACKS else "gsm8k")
-    names = [f.name for f in dataclasses.fields(CLIPOConfig)]
     try:
-        config = CLIPOConfig.for_track(
-            track, paper=given.get("paper", False), **{n: given[n] for n in names if n in given}
-        )
+        config = config_from(given, track, given.get("paper", False))
     except ValueError as reason:
-        name, _, expected = str(reason).partition(" ")
-        raise UserError(f"--{name.replace('_', '-')} {expected}") from reason
+        raise UserError(str(reason)) from reason
     return Settings(
         given.get("model"),
         data,
@@ -195,6 +179,7 @@ def settings_from(given: dict) -> Settings:
         given.get("warm_start_batches", 800),
         config,
         given["command"],
+        given.get("engine", "fast" if "model" in given else "plain"),
     )
 
 
@@ -265,47 +250,47 @@ def warm_started(
 
 
 def logged_groups(
-    step: int, problems: Sequence[Problem], scored: Scored, sound: list[bool] | None, count: int
+    step: int,
+    problems: Sequence[Problem],
+    scored: Scored,
+    sound: list[list[bool]] | None,
+    count: int,
+    one_drawn: bool,
 ) -> Iterator[dict]:
-    """The first `count` groups of a step, a row for rollouts.jsonl each; `lab.report` shows them.
+    """The first `count` groups of a step, a row for rollouts.jsonl each; `engine.report` shows them.
 
-    `cosine` is the matrix of the embeddings' cosines; rows and `positives` are numbered within the group.
+    `cosine` is the matrix of the embeddings' cosines; rollouts and `positives` are numbered within the group.
+    one_drawn: was an anchor pulled to one positive (InfoNCE), or to all?
     """
+    contrast, G = scored.contrast, scored.correct.shape[1]
+    pulled_to = contrast.pairs.target if one_drawn else contrast.pairs.positive  # (P, G, G), or (P, G, B)
     for g in range(min(count, len(problems))):
-        rows = (scored.rollouts.group == g).nonzero()[:, 0]
-        place = {row: i for i, row in enumerate(rows.tolist())}
-        z = scored.embedding[rows]
-        rollouts = [
-            {
-                "text": scored.texts[b],
-                "correct": bool(scored.correct[b]),
-                **({"sound": sound[b], "bad_step": toy.first_bad_step(problems[g], scored.texts[b])} if sound else {}),
-                "anchor": bool(scored.anchors[b]),
-                "positives": [place[j] for j in positives_of(b, rows, scored) if j in place],
-                "contrastive_loss": scored.loss[b].item(),
-                "contrastive_reward": scored.contrastive[b].item(),
-                "reward": scored.reward[b].item(),
-                "advantage": scored.advantage[b].item(),
-            }
-            for b in place
-        ]
+        own = pulled_to[g] if pulled_to.shape[-1] == G else pulled_to[g, :, g * G : g * G + G]  # (G, G)
+        numbers = {
+            "correct": scored.correct[g],
+            "anchor": contrast.pairs.anchor[g],
+            "contrastive_loss": contrast.loss[g],
+            "contrastive_reward": contrast.reward[g],
+            "reward": scored.reward[g],
+            "advantage": scored.advantage[g],
+        }
+        numbers = {name: values.tolist() for name, values in numbers.items()}  # a GPU is waited for once for each
+        rollouts = []
+        for i, (text, to) in enumerate(zip(scored.texts[g], own.tolist(), strict=True)):
+            row = {"text": text, **{name: values[i] for name, values in numbers.items()}}
+            row["positives"] = [a for a, pulled in enumerate(to) if pulled and row["anchor"]]
+            if sound:
+                row |= {"sound": sound[g][i], "bad_step": toy.first_bad_step(problems[g], text)}
+            rollouts.append(row)
+        z = contrast.embedding[g]  # (G, E)
         yield {
             "step": step,
             "question": problems[g].question,
             "answer": problems[g].answer,
-            "all_positives": scored.positive is None,
+            "all_positives": not one_drawn,
             "rollouts": rollouts,
             "cosine": [[round(cosine, 2) for cosine in row] for row in (z @ z.t()).tolist()],
         }
-
-
-def positives_of(anchor: int, group: Tensor, scored: Scored) -> list[int]:
-    """The rows that an anchor was pulled towards: the one drawn, else all other right ones of its group."""
-    if not scored.anchors[anchor]:
-        return []
-    if scored.positive is not None:
-        return [int(scored.positive[anchor])]
-    return [row for row in group[scored.correct[group]].tolist() if row != anchor]
 
 
 class StopAsked:
@@ -323,8 +308,8 @@ class StopAsked:
         tqdm.write("stopping after this step (once more: at once, without saving)")
 
 
-def take_step(trainer: CLIPO, task: ToyTask | DataTask) -> tuple[dict, list[Problem], list[bool] | None]:
-    """The next step; its metrics, the problem of each group, and on the toy world which rollouts are sound."""
+def take_step(trainer: Trainer, task: ToyTask | DataTask) -> tuple[dict, list[Problem], list[list[bool]] | None]:
+    """The next step; its metrics, the problem of each group, and on the toy world which rollouts of it are sound."""
     drawn: list[Problem] = []
 
     def pairs(problems: Iterable[Problem]) -> Iterator[tuple[list[int], str]]:
@@ -336,15 +321,16 @@ def take_step(trainer: CLIPO, task: ToyTask | DataTask) -> tuple[dict, list[Prob
     metrics = trainer.step(prompts, answers, fresh=pairs(task.more(trainer.steps_done)))
     if metrics["skipped"]:
         return metrics, [], None
-    problems = [drawn[i] for i in trainer.last.origin]
-    sound = task.soundness(problems, trainer.last)
-    return metrics | ({"process": sum(sound) / len(sound)} if sound else {}), problems, sound
+    problems = [drawn[i] for i in trainer.origin]
+    sound = task.soundness(problems, trainer.last.texts)
+    process = {"process": sum(map(sum, sound)) / sum(map(len, sound))} if sound else {}
+    return metrics | process, problems, sound
 
 
 MOST_SKIPPED = 3  # steps in a row
 
 
-def train(trainer: CLIPO, task: ToyTask | DataTask, out: Path, save_every: int, log_groups: int) -> str | None:
+def train(trainer: Trainer, task: ToyTask | DataTask, out: Path, save_every: int, log_groups: int) -> str | None:
     """Run the remaining steps; what ended them early, if anything did. The state is saved in any case."""
     config, stop = trainer.config, StopAsked()
     early, skipped = None, 0
@@ -352,7 +338,8 @@ def train(trainer: CLIPO, task: ToyTask | DataTask, out: Path, save_every: int, 
         while trainer.steps_done < config.steps and not early:
             sizes = dict(trainer.sizes)
             metrics, problems, sound = take_step(trainer, task)
-            for row in logged_groups(metrics["step"], problems, trainer.last, sound, log_groups):
+            logged = metrics["step"], problems, trainer.last, sound, log_groups
+            for row in logged_groups(*logged, one_drawn=config.contrastive_kind == "infonce"):
                 checkpoint.append_line(out / "rollouts.jsonl", row)
             if trainer.policy in captures_failed:
                 metrics["without_cuda_graphs"] = captures_failed[trainer.policy]
@@ -381,7 +368,7 @@ def show_step(bar: tqdm, metrics: dict, sizes_before: dict[str, int], sizes: dic
     bar.update()
 
 
-def show_plan(trainer: CLIPO, longest_prompt: int) -> None:
+def show_plan(trainer: Trainer, longest_prompt: int) -> None:
     """The memory plan, and whether the device has so much."""
     config, device = trainer.config, trainer.policy.device
     plan, has = (
@@ -418,7 +405,7 @@ def percent(successes: int, trials: int) -> str:
     return f"{100 * successes / trials:.0f}% [{100 * low:.0f}, {100 * high:.0f}]"
 
 
-def finish_toy(settings: Settings, trainer: CLIPO, out: Path, base, count: int) -> None:
+def finish_toy(settings: Settings, trainer: Trainer, out: Path, base, count: int) -> None:
     """The table of base and trained model, and what to try next."""
     results = [
         toy.evaluate(model, trainer.tokenizer, count=count, cuda_graphs=trainer.config.cuda_graphs)
@@ -466,7 +453,7 @@ def check_room(policy, longest_prompt: int, max_new_tokens: int) -> None:
         )
 
 
-def open_run(settings: Settings, out: Path, device: torch.device, resume: bool) -> tuple[CLIPO, ToyTask | DataTask]:
+def open_run(settings: Settings, out: Path, device: torch.device, resume: bool) -> tuple[Trainer, ToyTask | DataTask]:
     """The trainer and its task, as they begin or as the last checkpoint left them. Raises UserError, OSError."""
     config = settings.config
     out.mkdir(parents=True, exist_ok=True)
@@ -478,7 +465,7 @@ def open_run(settings: Settings, out: Path, device: torch.device, resume: bool) 
     check_room(policy, task.longest_prompt, config.max_new_tokens)
     config = fitting(policy, config, task.longest_prompt, config.in_bfloat16(device.type), device_bytes(device))
     try:
-        trainer = CLIPO(policy, tokenizer, are_correct, config)
+        trainer = Trainer(policy, tokenizer, are_correct, config, settings.engine)
     except (ValueError, NotImplementedError) as reason:
         raise UserError(f"model {settings.model}: {reason}") from reason
     if saved := checkpoint.newest_whole(out) if resume else None:

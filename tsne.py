@@ -29,8 +29,9 @@ from sklearn.metrics import silhouette_score
 from sklearn.neighbors import NearestNeighbors
 
 import checkpoint
-import clipo
 import toy
+from clipo import ContrastiveHead, end_of_sequence_ids
+from engine.rollouts import generate
 from problems import SUFFIX, OptionParser, Problem, UserError, are_correct, load_problems, prompt_ids, status_of
 
 # ----------------------------------------------------------------------------------------------------
@@ -81,40 +82,46 @@ def purity(points: np.ndarray, right: np.ndarray, question: np.ndarray, neighbou
 # ----------------------------------------------------------------------------------------------------
 
 
-def load_head(run: Path, config: dict, device: torch.device) -> clipo.ContrastiveHead:
+def load_head(run: Path, config: dict, device: torch.device) -> ContrastiveHead:
     """A run's contrastive head. Raises UserError."""
     try:
         weights = load_file(run / "head.safetensors", device=str(device))
     except (OSError, SafetensorError) as reason:
         raise UserError(f"{run} has no contrastive head; expected a run of train.py that has saved one") from reason
     d_model = next(iter(weights.values())).shape[1]  # of the first layer
-    head = clipo.ContrastiveHead(d_model, config["d_embed"], config["head_mlp"]).to(device)
+    head = ContrastiveHead(d_model, config["d_embed"], config["head_mlp"]).to(device)
     head.load_state_dict(weights)
     return head
 
 
 @torch.no_grad()
 def embed(model, tokenizer, problems: Sequence[Problem], given: argparse.Namespace) -> dict:
-    """Sampled rollouts of the problems: hidden (B, D), right (B,) bool, question (B,), on the toy world sound (B,)."""
+    """Sampled rollouts of the problems: hidden (P, G, D), right, question and, on the toy world, sound, all (B,)."""
     on_toy = isinstance(problems[0], toy.Story)
-    rollouts = clipo.generate(
+    rollouts = generate(
         model,
         [prompt_ids(tokenizer, problem.question, "" if on_toy else SUFFIX) for problem in problems],
         samples_per_prompt=given.samples,
         max_new_tokens=given.max_new_tokens,
-        eos_token_id=clipo.end_of_sequence_ids(model, tokenizer),
+        eos_token_id=end_of_sequence_ids(model, tokenizer),
         generator=torch.Generator().manual_seed(given.seed),
         max_batch=256,
         cuda_graphs=given.cuda_graphs,
     )
-    ids = [row[keep].tolist() for row, keep in zip(rollouts.tokens.cpu(), rollouts.mask.cpu(), strict=True)]
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    asked = [problems[g] for g in rollouts.group.tolist()]
+    rows = zip(rollouts.tokens.flatten(0, 1).cpu(), rollouts.mask.flatten(0, 1).cpu(), strict=True)
+    texts = tokenizer.batch_decode([tokens[mask] for tokens, mask in rows], skip_special_tokens=True)
+    asked = [problem for problem in problems for _ in range(given.samples)]
     right = torch.tensor(are_correct(texts, [problem.answer for problem in asked]))
-    found = {"hidden": rollouts.hidden, "right": right, "question": rollouts.group}
+    question = torch.arange(len(problems)).repeat_interleave(given.samples)
+    found = {"hidden": rollouts.hidden, "right": right, "question": question}  # h (P, G, D), the others (B,)
     if on_toy:
         found["sound"] = torch.tensor([toy.is_sound(story, text) for story, text in zip(asked, texts, strict=True)])
     return found
+
+
+def flat_rows(values: torch.Tensor) -> np.ndarray:
+    """(P, G, width) -> (B, width); what is (B,) stays so."""
+    return (values.flatten(0, 1) if values.ndim == 3 else values).cpu().numpy()
 
 
 def panels(models: Sequence[str], problems: Sequence[Problem], given: argparse.Namespace) -> dict[str, dict]:
@@ -130,10 +137,10 @@ def panels(models: Sequence[str], problems: Sequence[Problem], given: argparse.N
         if name != "before" and (settings := checkpoint.read_settings(Path(source))):
             head, hidden = load_head(Path(source), settings["config"], device), one["hidden"]
             if settings["config"]["center_hidden"]:
-                hidden = hidden - clipo.group_mean(hidden, one["question"])
+                hidden = hidden - hidden.mean(1, keepdim=True)
             with torch.no_grad():
-                one["z"] = head(hidden)
-        found[name] = {kind: values.cpu().numpy() for kind, values in one.items()}
+                one["z"] = head(hidden)  # (P, G, D) -> (P, G, E)
+        found[name] = {kind: flat_rows(values) for kind, values in one.items()}
     return found
 
 

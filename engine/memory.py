@@ -1,7 +1,7 @@
 """How much memory will a run take, and for what? A plan from the model's shape and the settings, before the first step.
 
-    python -m lab.memory                                               the models and cards that the README names
-    python -m lab.memory --model Qwen/Qwen2.5-0.5B-Instruct            with any options of train.py
+    python -m engine.memory                                               the models and cards that the README names
+    python -m engine.memory --model Qwen/Qwen2.5-0.5B-Instruct            with train.py's hyperparameters
 
 `train.py` prints the plan of its run as it begins. A test holds it within 15% of what was measured, for models of two
 sizes; `python -m lab.bench update` compares the two on any machine.
@@ -9,6 +9,7 @@ sizes; `python -m lab.bench update` compares the two on any machine.
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import sys
@@ -19,9 +20,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
-import clipo
-from clipo import CLIPOConfig
-from problems import UserError, status_of
+from config import TRACKS, CLIPOConfig, add_options, config_from
+from engine.update import LOGITS_AT_ONCE
+from problems import OptionParser, UserError, status_of
 
 
 @dataclass
@@ -89,7 +90,7 @@ def memory_plan(model: nn.Module, config: CLIPOConfig, longest_prompt: int, bflo
     kept, kept_of_prompts = layers * of_responses, (layers - 1) * of_prompts  # (of prompts nobody asks the last layer)
     if config.recompute_activations:  # a layer's input; of prompts their keys and values too
         kept, kept_of_prompts = layers * 4 * D * n, ((layers - 1) * 4 * D + layers * (4 + product) * KV) * p
-    chunk = min(n, max(1, clipo.LOGITS_AT_ONCE // V))
+    chunk = min(n, max(1, LOGITS_AT_ONCE // V))
     # The backward pass begins with all activations and the logits. When it has come to the prompts, those of the
     # responses are gone, but their gradients of all matrices wait for the prompts' to be added.
     mask = product * keys * T
@@ -191,13 +192,26 @@ def of_name(name: str) -> nn.Module:
         ) from reason
 
 
-def show(arguments: Sequence[str] | None) -> None:
-    """Print the plan of the model that is named, or those of MODELS."""
-    import train  # here, as it prints plans itself
+def parser() -> argparse.ArgumentParser:
+    p = OptionParser(
+        prog="python -m engine.memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    p.add_argument("--model", metavar="NAME_OR_FOLDER", help="causal LM on the hub or in a folder")
+    p.add_argument("--track", choices=list(TRACKS), help="whose defaults (default: gsm8k)")
+    add_options(p.add_argument_group("hyperparameters"))
+    return p
 
-    arguments = sys.argv[1:] if arguments is None else list(map(str, arguments))
-    given = vars(train.parser().parse_args(arguments))
-    config = train.settings_from({"model": "", "max_new_tokens": 1024, "command": "", **given}).config
+
+def show(arguments: Sequence[str] | None) -> None:
+    """Print the plan of the model that is named, or those of MODELS. Raises UserError."""
+    given = {"max_new_tokens": 1024, **vars(parser().parse_args(arguments and list(map(str, arguments))))}
+    try:
+        config = config_from(given, given.get("track", "gsm8k"))
+    except ValueError as reason:
+        raise UserError(str(reason)) from reason
     if "model" in given:
         chosen = {given["model"]: (of_name(given["model"]), device_bytes(torch.device("cpu")))}
     else:

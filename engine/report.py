@@ -1,10 +1,10 @@
 """A page for a run: its curves, and what the contrastive reward paid to single rollouts.
 
-    python -m lab.report runs/toy                  writes runs/toy/report.html; also while the run goes on
-    python -m lab.report runs/toy runs/toy-grpo    two runs, one drawn over the other, into the first one's folder
+    python -m engine.report runs/toy                  writes runs/toy/report.html; also while the run goes on
+    python -m engine.report runs/toy runs/toy-grpo    two runs, one drawn over the other, into the first one's folder
 
 One file that opens from disk and asks nothing of a network. `train.py` writes it at the end of a run. The page itself
-is lab/report.html; what is filled in here is its data and a policy that lets no script run but the page's own.
+is engine/report.html; what is filled in here is its data and a policy that lets no script run but the page's own.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def write_report(folders: Sequence[Path]) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = OptionParser(
-        prog="python -m lab.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m engine.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="one or two folders of runs of train.py")
     given = parser.parse_args(arguments)

@@ -1,6 +1,6 @@
 """CLIPO's reward in TRL: for models and clusters that need DeepSpeed, FSDP, vLLM or several nodes.
 
-    reward = ContrastiveReward(accuracy, clipo.CLIPOConfig())
+    reward = ContrastiveReward(accuracy, CLIPOConfig())
     trainer = GRPOTrainer(model=..., reward_funcs=[accuracy, reward], ...)
     reward.attach(trainer)
     trainer.train()
@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 
-from clipo import CLIPOConfig, Contrast
+import variants
+from clipo import Contrast
+from config import CLIPOConfig
 
 
 class ContrastiveReward(TrainerCallback):
@@ -43,6 +45,7 @@ class ContrastiveReward(TrainerCallback):
         self.trainer = trainer
         model = trainer.accelerator.unwrap_model(trainer.model)
         self.half = Contrast(model.get_output_embeddings().in_features, trainer.accelerator.device, self.config)
+        self.half.parts = variants.parts(self.config, self.half.random)
         trainer.add_callback(self)
 
     def __call__(
@@ -58,20 +61,20 @@ class ContrastiveReward(TrainerCallback):
         correct = torch.tensor([float(right) > 0.5 for right in correct], device=accelerator.device)
         hidden = self.embed(prompt_tokens(self.trainer, prompts), completion_ids)
         # A group may be split over processes: every process gets all rollouts, in TRL's order, G to a prompt.
-        hidden, correct = accelerator.gather(hidden), accelerator.gather(correct)
-        group = torch.arange(len(correct), device=hidden.device) // self.trainer.num_generations
-        _, loss, anchors, *_ = self.half.contrast(hidden, correct, group)
+        G = self.trainer.num_generations
+        hidden, correct = (accelerator.gather(part).unflatten(0, (-1, G)) for part in (hidden, correct))  # (P, G, ...)
+        found = self.half.contrast(hidden, correct)
         for parameter in self.half.head.parameters():  # all computed the same; on GPUs perhaps not to the last bit
             parameter.data.copy_(broadcast(parameter.data))
-        reward = self.half.reward_agreement(loss, anchors, correct, group)
+        loss, reward, anchor = found.loss, found.reward, found.pairs.anchor
         if self.half.steps_done < self.config.head_warmup_steps:
             reward = torch.zeros_like(reward)
         self.half.steps_done += 1
-        if log_metric is not None and anchors.any():
-            log_metric("contrastive_loss", loss[anchors].mean().item())
-            log_metric("on_floor", (reward[anchors] <= self.config.reward_floor).float().mean().item())
+        if log_metric is not None and anchor.any():
+            log_metric("contrastive_loss", loss[anchor].mean().item())
+            log_metric("on_floor", (reward[anchor] <= self.config.reward_floor).float().mean().item())
         mine = slice(accelerator.process_index * count, (accelerator.process_index + 1) * count)
-        return reward[mine].tolist()
+        return reward.flatten()[mine].tolist()
 
     @torch.no_grad()
     def embed(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:

@@ -5,9 +5,9 @@
     accelerate launch --multi_gpu --num_processes 2 -m lab.trl_train ... --trl use_cpu=true      (two CPU processes)
     accelerate launch --config_file deepspeed.yaml -m lab.trl_train --vllm --model ...     (pip install vllm)
 
-Without --vllm the rollouts are made by `clipo.generate`, in which each has random numbers of its own: the same rollouts
-on one process or on many. It needs a whole model on each process; where it is sharded (DeepSpeed's stage 3, FSDP), take
---vllm. --no-contrast is plain GRPO. Any further constant of TRL: --trl learning_rate=1e-6 beta=0.001 ...
+Without --vllm the rollouts are made by `engine.rollouts.generate`, in which each has random numbers of its own: the
+same rollouts on one process or on many. It needs a whole model on each process; where it is sharded (DeepSpeed's stage
+3, FSDP), take --vllm. --no-contrast is plain GRPO. Any further constant of TRL: --trl learning_rate=1e-6 beta=0.001 ...
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 import checkpoint
-import clipo
-from clipo import CLIPOConfig
+from clipo import end_of_sequence_ids
+from config import TRACKS, CLIPOConfig
+from engine.rollouts import generate
 from lab.trl_reward import ContrastiveReward, prompt_tokens
 from problems import SUFFIX, OptionParser, UserError, are_correct, load_problems, status_of
 
@@ -46,20 +47,20 @@ def roll_out(prompts: list, trainer: GRPOTrainer) -> dict:
     torch.rand(before, args.max_completion_length, generator=random)
     ids = prompt_tokens(trainer, prompts)
     with accelerator.autocast():
-        rollouts = clipo.generate(
+        rollouts = generate(
             model,
             ids,
             samples_per_prompt=1,
             max_new_tokens=args.max_completion_length,
-            eos_token_id=clipo.end_of_sequence_ids(model, trainer.processing_class),
+            eos_token_id=end_of_sequence_ids(model, trainer.processing_class),
             temperature=args.temperature,
             generator=random,
         )
-    keep = rollouts.mask.cpu()
+    tokens, keep, logprobs = (part[:, 0].cpu() for part in (rollouts.tokens, rollouts.mask, rollouts.logprobs))
     return {
         "prompt_ids": ids,
-        "completion_ids": [row[m].tolist() for row, m in zip(rollouts.tokens.cpu(), keep, strict=True)],
-        "logprobs": [row[m].tolist() for row, m in zip(rollouts.logprobs.cpu(), keep, strict=True)],
+        "completion_ids": [row[m].tolist() for row, m in zip(tokens, keep, strict=True)],
+        "logprobs": [row[m].tolist() for row, m in zip(logprobs, keep, strict=True)],
     }
 
 
@@ -99,7 +100,7 @@ def chosen(pairs: Sequence[str]) -> dict:
 def train(given: argparse.Namespace) -> None:
     """The whole run. Raises UserError."""
     model, tokenizer = checkpoint.load_model(given.model, "cpu")
-    track = given.data if given.data in clipo.TRACKS else "gsm8k"
+    track = given.data if given.data in TRACKS else "gsm8k"
     try:
         config = CLIPOConfig.for_track(track, **chosen(given.clipo))
         args = GRPOConfig(

@@ -6,35 +6,39 @@ import pytest
 import torch
 
 import clipo
+import variants
+from config import CONTRASTIVE_LOSSES, POLICY_LOSSES, SCOPES, CLIPOConfig
 from lab.bench import LargestTensor
+
+FLAGS = ["1101000", "1100000", "0000000", "1000000", "1111111", "1011110"]  # mixed groups, and every degenerate kind
 
 
 def batch(seed=0, d=24):
-    """Rollouts of six groups, ragged and interleaved: mixed ones, and every degenerate kind."""
+    """z (P, G, E) and correct (P, G) of six groups of seven."""
     g = torch.Generator().manual_seed(seed)
-    members = {0: "1101000", 1: "11", 2: "00000", 3: "10000", 4: "1", 5: "110"}
-    rows = [(label, c == "1") for label, flags in members.items() for c in flags]
-    order = torch.randperm(len(rows), generator=g).tolist()
-    group = torch.tensor([rows[i][0] * 10 for i in order])  # labels need not be 0, 1, 2, ...
-    correct = torch.tensor([rows[i][1] for i in order])
-    z = torch.nn.functional.normalize(torch.randn(len(rows), d, generator=g, dtype=torch.float64), dim=-1)
-    return z, correct, group
+    correct = torch.tensor([[c == "1" for c in flags] for flags in FLAGS])
+    z = torch.randn(*correct.shape, d, generator=g, dtype=torch.float64)
+    return torch.nn.functional.normalize(z, dim=-1), correct
 
 
-def by_the_formula(z, correct, group, kind, tau, positives=None, scope="group"):
-    """L_i for every row, term by term; with all positives unless `positives` names one for each row."""
-    losses, anchors = [], []
+def by_the_formula(z, correct, kind, tau, target=None, scope="group"):
+    """L (P, G), term by term; with all positives unless `target` (B,) names one for each rollout."""
+    (P, G), z, correct = correct.shape, z.flatten(0, 1), correct.flatten()
+    group, losses, anchors = [b // G for b in range(P * G)], [], []
     for i in range(len(z)):
         others = [a for a in range(len(z)) if a != i]
         same = [a for a in others if group[a] == group[i]]
         right = [a for a in (others if scope == "batch" else same) if correct[a]]
-        wrong = [a for a in (same if scope == "group" else others) if not correct[a]]
+        if scope == "cross":  # the authors': everything else in the batch
+            wrong = [a for a in others if a not in right]
+        else:
+            wrong = [a for a in (same if scope == "group" else others) if not correct[a]]
         anchors.append(bool(correct[i] and right and wrong))
         if not anchors[-1]:
             losses.append(z.new_zeros(()))
             continue
         s = {a: (z[i] * z[a]).sum() / tau for a in others}
-        chosen = right if positives is None else [int(positives[i])]
+        chosen = right if target is None else [int(target[i])]
         everyone = sum(torch.exp(s[a]) for a in right + wrong)
         shares = [torch.exp(s[j]) / everyone for j in chosen]
         if kind in ("infonce", "supcon_out"):
@@ -46,114 +50,122 @@ def by_the_formula(z, correct, group, kind, tau, positives=None, scope="group"):
         else:
             terms = [torch.log(1 + sum(torch.exp(s[k] - s[j]) for k in wrong)) for j in chosen]
             losses.append(sum(terms) / len(terms))
-    return torch.stack(losses), torch.tensor(anchors)
+    return torch.stack(losses).view(P, G), torch.tensor(anchors).view(P, G)
 
 
-def some_positives(correct, group):
-    """For every row, the last other correct row of its group (itself where there is none)."""
-    n = range(len(correct))
-    return torch.tensor([([a for a in n if a != i and correct[a] and group[a] == group[i]] or [i])[-1] for i in n])
+def drawn(pairs, scope):
+    """The rollout, counted over the batch, that was drawn for each: (B,) long."""
+    P, G, _ = pairs.target.shape
+    place = pairs.target.int().argmax(-1)
+    return (place + G * torch.arange(P)[:, None] * (scope == "group")).flatten()
+
+
+def pairs_of(correct, scope="group", seed=0):
+    return variants.pairs_in_scope(correct, torch.Generator().manual_seed(seed), scope=scope)
 
 
 @pytest.mark.parametrize("tau", [0.05, 0.5])
-@pytest.mark.parametrize("scope, count", [("group", 5), ("cross", 7), ("batch", 9)])
-@pytest.mark.parametrize("given", [True, False])
-@pytest.mark.parametrize("kind", list(clipo.CONTRASTIVE_LOSSES))
-def test_loss_and_gradient_equal_the_formula(kind, given, scope, count, tau):
-    z, correct, group = batch()
-    if kind == "infonce" and not given:
-        return  # it draws: see below
-    positives = some_positives(correct, group if scope != "batch" else 0 * group) if given else None
+@pytest.mark.parametrize("scope, count", [("group", 10), ("wrong_of_all", 17), ("cross", 17), ("batch", 18)])
+@pytest.mark.parametrize("kind", CONTRASTIVE_LOSSES)
+def test_loss_and_gradient_equal_the_formula(kind, scope, count, tau):
+    z, correct = batch()
     z.requires_grad_()
-    expected, expected_anchors = by_the_formula(z, correct, group, kind, tau, positives, scope)
-    (expected_gradient,) = torch.autograd.grad(expected[expected_anchors].mean(), z)
-    loss, anchors = clipo.contrastive_loss(
-        z, correct, group, kind=kind, temperature=tau, scope=scope, positives=positives
-    )
-    (gradient,) = torch.autograd.grad(loss[anchors].mean(), z)
-    assert anchors.tolist() == expected_anchors.tolist() and anchors.sum() == count
+    pairs = pairs_of(correct, scope)
+    target = drawn(pairs, scope) if kind == "infonce" else None
+    expected, anchors = by_the_formula(z, correct, kind, tau, target, scope)
+    (expected_gradient,) = torch.autograd.grad(expected[anchors].mean(), z)
+    loss = variants.LOSSES[kind].loss(z, pairs, tau)
+    (gradient,) = torch.autograd.grad(loss[pairs.anchor].mean(), z)
+    assert pairs.anchor.tolist() == anchors.tolist() and anchors.sum() == count
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient, expected_gradient)
 
 
-def test_the_defaults_are_the_papers():
-    z, correct, group = batch()
-    positives = some_positives(correct, group)
-    expected, _ = by_the_formula(z, correct, group, "infonce", 0.05, positives)
-    torch.testing.assert_close(clipo.contrastive_loss(z, correct, group, positives=positives)[0], expected)
+def test_the_plain_loss_is_infonce_with_the_papers_constants():
+    z, correct = batch()
+    pairs = clipo.draw_pairs(correct, torch.Generator().manual_seed(0))
+    expected, _ = by_the_formula(z, correct, "infonce", 0.05, drawn(pairs, "group"))
+    torch.testing.assert_close(clipo.infonce(z, pairs), expected)
+    assert all(torch.equal(a, b) for a, b in zip(pairs, pairs_of(correct), strict=True))
+    assert (CLIPOConfig().contrastive_kind, CLIPOConfig().tau) == ("infonce", 0.05)
 
 
-@pytest.mark.parametrize("scope", clipo.SCOPES)
+@pytest.mark.parametrize("scope", SCOPES)
 def test_the_drawn_positive_is_uniform_over_the_others_and_follows_the_seed(scope):
-    _, correct, group = batch()
-    n, pool = range(len(group)), group if scope != "batch" else 0 * group
-    others = {i: [j for j in n if j != i and correct[i] and correct[j] and pool[i] == pool[j]] for i in n}
-    anchors = by_the_formula(batch()[0], correct, group, "supcon_out", 0.5, scope=scope)[1]
-
-    def draw(seed):
-        return clipo.draw_positives(correct, group, scope=scope, generator=torch.Generator().manual_seed(seed)).tolist()
-
-    assert draw(3) == draw(3)
-    draws = [draw(seed) for seed in range(400)]
-    for i in n:
-        seen = [positives[i] for positives in draws]
-        assert set(seen) == (set(others[i]) if anchors[i] else {-1})
-        if anchors[i]:  # each expects `mean`, with a standard deviation of at most its root
-            mean = 400 / len(others[i])
-            assert all(abs(seen.count(j) - mean) < 4 * mean**0.5 for j in others[i])
+    _, correct = batch()
+    positive = pairs_of(correct, scope).positive.flatten(0, 1)
+    draws = [pairs_of(correct, scope, seed).target.flatten(0, 1) for seed in range(400)]
+    assert torch.equal(draws[3], pairs_of(correct, scope, 3).target.flatten(0, 1))
+    seen = torch.stack(draws).sum(0)  # (B, others)
+    assert torch.equal(seen.sum(-1) > 0, positive.any(-1)) and not seen[~positive].any()
+    for counts, allowed in zip(seen, positive, strict=True):
+        if allowed.any():  # each expects `mean`, with a standard deviation of at most its root
+            mean = 400 / int(allowed.sum())
+            assert ((counts[allowed] - mean).abs() < 4 * mean**0.5).all()
 
 
-def loss_of_draws(z, correct, group, *, kind="infonce", scope="group", **more):
-    """`contrastive_loss`, with positives drawn where the kind needs them."""
-    positives = clipo.draw_positives(correct, group, scope=scope) if kind == "infonce" else None
-    return clipo.contrastive_loss(z, correct, group, kind=kind, scope=scope, positives=positives, **more)
-
-
-@pytest.mark.parametrize("kind", list(clipo.CONTRASTIVE_LOSSES))
+@pytest.mark.parametrize("kind", CONTRASTIVE_LOSSES)
 @pytest.mark.parametrize("flags", ["0000", "1000", "1111", "1", "0"])
 def test_groups_without_contrast_give_zeros_and_no_nan(kind, flags):
-    correct = torch.tensor([c == "1" for c in flags])
-    hidden = torch.randn(len(flags), 6, requires_grad=True)
-    z, group = torch.nn.functional.normalize(hidden, dim=-1), torch.zeros(len(flags)).long()
-    loss, anchors = loss_of_draws(z, correct, group, kind=kind)
-    assert not anchors.any() and loss.tolist() == [0.0] * len(flags)
-    assert clipo.contrastive_reward(loss, anchors).tolist() == [0.0] * len(flags)
+    correct = torch.tensor([[c == "1" for c in flags]])
+    hidden = torch.randn(1, len(flags), 6, requires_grad=True)
+    pairs = pairs_of(correct)
+    loss = variants.LOSSES[kind].loss(torch.nn.functional.normalize(hidden, dim=-1), pairs, 0.05)
+    assert not pairs.anchor.any() and loss.tolist() == [[0.0] * len(flags)]
+    assert clipo.contrastive_reward(loss, pairs).tolist() == [[0.0] * len(flags)]
     loss.sum().backward()
     assert not hidden.grad.any()  # which also says: no NaN
 
 
-@pytest.mark.parametrize("scope", clipo.SCOPES)
-@pytest.mark.parametrize("kind", list(clipo.CONTRASTIVE_LOSSES))
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("kind", CONTRASTIVE_LOSSES)
 def test_identical_embeddings_sit_at_the_chance_level(kind, scope):
     """Where nothing can be told apart, L is the log of how many stand in the softmax."""
-    _, correct, group = batch()
-    z = torch.zeros(len(group), 4).index_fill(1, torch.tensor(2), 1.0)
-    loss, anchors = loss_of_draws(z, correct, group, kind=kind, scope=scope)
-    torch.testing.assert_close(loss[anchors], clipo.chance_level(correct, group, kind=kind, scope=scope)[anchors])
+    _, correct = batch()
+    pairs = pairs_of(correct, scope)
+    z = torch.zeros(*correct.shape, 4).index_fill(2, torch.tensor(2), 1.0)
+    loss, chance = variants.LOSSES[kind].loss(z, pairs, 0.05), variants.chance_level(kind, pairs)
+    torch.testing.assert_close(loss[pairs.anchor], chance[pairs.anchor])
+
+
+def test_a_loss_without_a_chance_level_is_refused_where_the_reward_is_measured_from_it(monkeypatch):
+    monkeypatch.setitem(variants.LOSSES, "mine", variants.ContrastiveLoss(variants.decoupled))
+    CONTRASTIVE_LOSSES.append("mine")
+    try:
+        for_run = CLIPOConfig(contrastive_kind="mine", reward_from_chance=True)
+        with pytest.raises(
+            ValueError, match="'mine' has no chance level, and the reward is measured from it; expected"
+        ):
+            variants.parts(for_run, None)
+        variants.parts(CLIPOConfig(contrastive_kind="mine"), None)  # the paper's reward needs none
+    finally:
+        CONTRASTIVE_LOSSES.remove("mine")
 
 
 def test_the_floor_of_a_perfect_head():
     """Correct ones on one point, wrong ones opposite: log(n - 1) for InfoNCE, 0 decoupled."""
-    z = torch.tensor([[1.0, 0.0]] * 5 + [[-1.0, 0.0]] * 3)
-    correct, group = torch.tensor([True] * 5 + [False] * 3), torch.zeros(8).long()
-    infonce, anchors = loss_of_draws(z, correct, group)
-    decoupled, _ = clipo.contrastive_loss(z, correct, group, kind="decoupled")
-    torch.testing.assert_close(infonce[anchors], torch.full((5,), math.log(4)))
-    torch.testing.assert_close(decoupled[anchors], torch.zeros(5))
+    z = torch.tensor([[[1.0, 0.0]] * 5 + [[-1.0, 0.0]] * 3])
+    pairs = pairs_of(torch.tensor([[True] * 5 + [False] * 3]))
+    torch.testing.assert_close(clipo.infonce(z, pairs)[pairs.anchor], torch.full((5,), math.log(4)))
+    torch.testing.assert_close(variants.decoupled(z, pairs)[pairs.anchor], torch.zeros(5))
 
 
 def test_no_epsilon_bends_the_result():
     """At low similarities exp(s - 1/tau) is far below 1e-8; log-sum-exp must be exact there."""
-    z = torch.eye(3)
-    loss, _ = loss_of_draws(z, torch.tensor([True, True, False]), torch.zeros(3).long(), temperature=0.01)
-    torch.testing.assert_close(loss[0], torch.tensor(2.0).log(), atol=1e-6, rtol=0)
+    loss = clipo.infonce(torch.eye(3)[None], pairs_of(torch.tensor([[True, True, False]])), tau=0.01)
+    torch.testing.assert_close(loss[0, 0], torch.tensor(2.0).log(), atol=1e-6, rtol=0)
 
 
 def test_reward_clips_at_both_ends_and_is_measured_from_chance():
-    loss, anchors = torch.tensor([0.0, 1.0, 2.0, 9.0, 0.0]), torch.tensor([True, True, True, True, False])
-    reward = clipo.contrastive_reward(loss, anchors, weight=0.5, floor=-0.9, ceiling=0.6, chance=torch.full((5,), 1.5))
-    torch.testing.assert_close(reward, torch.tensor([0.6, 0.25, -0.25, -0.9, 0.0]))
-    assert not clipo.contrastive_reward(loss.clone().requires_grad_(), anchors).requires_grad
+    pairs = pairs_of(torch.tensor([[True, True, True, True, False]]))  # 3 positives, 1 negative
+    loss = torch.tensor([[0.0, 1.0, 2.0, 9.0, 0.0]], requires_grad=True)
+    paid = variants.reward(loss, pairs, weight=0.5, floor=-0.9, ceiling=0.6, chance_of="infonce")
+    chance = math.log(4)
+    expected = [0.6, 0.5 * (chance - 1), 0.5 * (chance - 2), -0.9, 0.0]
+    torch.testing.assert_close(paid, torch.tensor([expected]))
+    assert not paid.requires_grad and not clipo.contrastive_reward(loss, pairs).requires_grad
+    plain = variants.reward(loss, pairs, weight=0.2, floor=-0.5, ceiling=1.0)
+    assert torch.equal(plain, clipo.contrastive_reward(loss, pairs))
 
 
 @pytest.mark.parametrize("mlp, layers", [(False, 1), (True, 2)])
@@ -169,33 +181,12 @@ def test_head_gives_unit_vectors_of_bias_free_layers(mlp, layers):
     torch.testing.assert_close(z, raw / raw.norm(dim=-1, keepdim=True))
 
 
-@pytest.mark.parametrize(
-    "wrong, message",
-    [
-        ({"kind": "simclr"}, "contrastive kind is 'simclr'; expected one of: infonce, supcon_out"),
-        ({"scope": "world"}, "contrastive scope is 'world'; expected one of: group, cross"),
-        ({"temperature": 0.0}, "temperature is 0.0; expected a positive number"),
-        ({"positives": torch.tensor([0, 1, 2])}, "not another correct rollout"),  # oneself is no positive
-        ({}, "infonce takes one positive for each anchor"),
-    ],
-)
-def test_unknown_names_and_bad_values_are_refused(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        clipo.contrastive_loss(torch.eye(3), torch.tensor([True, True, False]), torch.zeros(3).long(), **wrong)
-
-
 def test_advantages_equal_a_plain_computation():
-    g = torch.Generator().manual_seed(0)
-    group = torch.tensor([3, 3, 5, 3, 5, 9])
-    rewards = torch.rand(6, generator=g)
+    rewards = torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
     for scale in (True, False):
-        got = clipo.group_advantages(rewards, group, scale_by_std=scale)
-        for label in (3, 5):
-            r = rewards[group == label]
-            expected = (r - r.mean()) / (r.std() + 1e-6 if scale else 1)
-            torch.testing.assert_close(got[group == label], expected)
-        assert got[5] == 0  # a group of one
-    assert not clipo.group_advantages(torch.ones(4), torch.tensor([0, 0, 1, 1])).any()
+        expected = [[(r - row.mean()) / (row.std() + 1e-6 if scale else 1) for r in row] for row in rewards]
+        torch.testing.assert_close(clipo.group_advantages(rewards, scale_by_std=scale), torch.tensor(expected))
+    assert not clipo.group_advantages(torch.ones(2, 2)).any()
 
 
 def policy_terms(kind, new, old, advantages, mask, low, high):
@@ -221,29 +212,30 @@ RANGES = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo"
 
 
 @pytest.mark.parametrize("given", [None, (0.1, 0.3)])
-@pytest.mark.parametrize("kind", list(clipo.POLICY_LOSSES))
+@pytest.mark.parametrize("kind", POLICY_LOSSES)
 def test_policy_loss_and_gradient_equal_the_formula(kind, given):
     g = torch.Generator().manual_seed(0)
     mask = torch.arange(5) < torch.tensor([5, 1, 3, 4])[:, None]
     old = torch.randn(4, 5, generator=g, dtype=torch.float64) * mask
     new = (old + 0.5 * torch.randn(4, 5, generator=g, dtype=torch.float64) * mask).requires_grad_()
     advantages = torch.tensor([1.0, -2.0, 0.5, -1.0], dtype=torch.float64)
+    form = variants.POLICY_LOSSES[kind]
+    assert (form.low, form.high) == RANGES[kind]
     low, high = given or RANGES[kind]
     responses, cut = policy_terms(kind, new, old, advantages, mask, low, high)
     if kind in ("gspo", "gmpo"):
         expected = -sum(sum(terms) / len(terms) for terms in responses) / 4
     else:
         expected = -sum(map(sum, responses)) / (4 * 7 if kind == "dr_grpo" else 13)
-    chosen = dict(clip_low=low, clip_high=high) if given else {}
-    loss, stats = clipo.policy_loss(new, old, advantages, mask, kind=kind, max_new_tokens=7, **chosen)
+    surrogate, removed = form.surrogate(new - old, advantages[:, None], mask, low, high)
+    loss = -(surrogate * form.weights(mask.view(2, 2, 5), 7).view(4, 5)).sum()
     torch.testing.assert_close(loss, expected)
-    assert cut > 0 and stats["clip_fraction"] == pytest.approx(cut / 13)
+    assert cut > 0 and removed[mask].sum() == cut
     torch.testing.assert_close(*(torch.autograd.grad(x, new)[0] for x in (loss, expected)))
 
 
-def test_an_unknown_policy_loss_is_named():
-    with pytest.raises(ValueError, match="policy loss kind is 'ppo'; expected one of: grpo, dr_grpo, dapo, gspo, gmpo"):
-        clipo.policy_loss(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1).bool(), kind="ppo")
+def test_every_name_that_a_setting_may_have_is_in_its_table():
+    assert list(variants.LOSSES) == CONTRASTIVE_LOSSES and list(variants.POLICY_LOSSES) == POLICY_LOSSES
 
 
 def test_kl_k3_is_an_unbiased_estimate_of_the_kl():
@@ -254,10 +246,17 @@ def test_kl_k3_is_an_unbiased_estimate_of_the_kl():
 
 
 def test_contrast_within_groups_never_builds_the_whole_batchs_matrix():
-    B, G, E = 2048, 8, 16
-    z = torch.nn.functional.normalize(torch.randn(B, E), dim=-1).requires_grad_()
+    P, G, E = 256, 8, 16
+    z = torch.nn.functional.normalize(torch.randn(P, G, E), dim=-1).requires_grad_()
+    correct = (torch.arange(P * G) % 2 == 0).view(P, G)
     with LargestTensor() as largest:
-        loss, anchors = loss_of_draws(z, torch.arange(B) % 2 == 0, torch.arange(B) // G)
-        loss[anchors].mean().backward()
-    assert anchors.sum() == B // 2 and z.grad.abs().sum() > 0
-    assert largest.elements <= B * max(E, G)
+        pairs = clipo.draw_pairs(correct)
+        clipo.infonce(z, pairs)[pairs.anchor].mean().backward()
+    assert pairs.anchor.sum() == P * G // 2 and z.grad.abs().sum() > 0
+    assert largest.elements <= P * G * max(E, G)
+
+
+def test_similarities_reach_over_all_questions_where_pairs_do():
+    z, correct = batch()
+    s = clipo.similarities(z, pairs_of(correct, "batch"), tau=1.0)
+    torch.testing.assert_close(s.flatten(0, 1), z.flatten(0, 1) @ z.flatten(0, 1).T)
