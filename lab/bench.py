@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import math
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,8 +28,10 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
@@ -38,8 +42,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import clipo
 import problems
-from clipo import CLIPO, CLIPOConfig
-from lab.memory import MODELS, memory_plan, peak_bytes, qwen_config
+from config import INFORMATIVE, CLIPOConfig, computes_in_bfloat16
+from engine.guard import Trainer
+from engine.memory import MODELS, fitting, memory_plan, peak_bytes, qwen_config
+from engine.rollouts import Batch, CapturedSteps, generate
 
 # name: vocabulary, width, feed-forward, layers, heads, key/value heads. The last three are Qwen2.5's.
 SIZES = {
@@ -68,6 +74,7 @@ class Machine:
     dtype: torch.dtype
     runs: int  # measured runs of each side; the table has their median
     quick: bool
+    until: float = math.inf  # no round of runs begins that would end after this, by time.perf_counter
 
     @property
     def on_gpu(self) -> bool:
@@ -102,7 +109,7 @@ class Machine:
 
     def rates(self) -> tuple[float, float]:
         """What it reaches at its best: flops per second of a large matrix product, bytes per second of a large copy."""
-        n, megabytes = (8192, 1024) if self.on_gpu else (512 if self.quick else 2048, 256)
+        n, megabytes = (512, 64) if self.quick else (8192, 1024) if self.on_gpu else (2048, 256)
         a = torch.randn(n, n, device=self.device, dtype=self.dtype)
         source = torch.zeros(megabytes * 2**20, dtype=torch.uint8, device=self.device)
         target = source.clone()
@@ -126,12 +133,14 @@ def processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
-    features = torch.backends.cpu.get_cpu_capability() + ", bfloat16" * clipo.computes_in_bfloat16("cpu")
+    features = torch.backends.cpu.get_cpu_capability() + ", bfloat16" * computes_in_bfloat16("cpu")
     return f"{os.cpu_count()} x {name} ({features})"
 
 
 def commit() -> str:
     """The commit at work, with "-dirty" if the code was changed since; what a measurement wrote is no code."""
+    if not shutil.which("git"):
+        return "unknown"
     git = [
         subprocess.run(["git", *what], capture_output=True, text=True, check=False).stdout.strip()
         for what in (["describe", "--always"], ["status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results"])
@@ -143,6 +152,8 @@ def compare(machine: Machine, sides: dict[str, Callable[[int], object]]) -> dict
     """Seconds of every run of each side. They take turns, so that a slow minute of the machine hits all of them."""
     times = {name: [] for name in sides}
     for run in range(-1, machine.runs):
+        if run > 0 and time.perf_counter() + sum(took[-1] for took in times.values()) > machine.until:
+            break
         for name, side in sides.items():
             seconds = machine.seconds(lambda side=side, run=run: side(run))
             if run >= 0:  # the first of each only warms up
@@ -200,21 +211,27 @@ def by_continuous_batching(model, prompts: Sequence[Sequence[int]], load: Load, 
 
 
 def floor_seconds(model, prompts, rollouts: clipo.Rollouts, rates: tuple[float, float]) -> float:
-    """The least time these rollouts can take: all flops at the matmul rate, or all bytes at the copy rate.
+    """The least time these rollouts can take; no step serves the finished."""
+    start = torch.tensor([len(ids) for ids in prompts], device=rollouts.mask.device)  # (P,)
+    T = rollouts.mask.shape[2]
+    position = (start[:, None, None] + torch.arange(T, device=start.device)).expand_as(rollouts.mask)[rollouts.mask]
+    return least_seconds(model, T, position, sum(map(len, prompts)), rates)
 
-    A decode step reads all weights once and the keys and values of each row; no step serves the finished.
+
+def least_seconds(model, steps: int, position: Tensor, prompt_tokens: int, rates: tuple[float, float]) -> float:
+    """All flops at the matmul rate, or all bytes at the copy rate, to decode tokens at `position` (N,) in some steps.
+
+    A decode step reads all weights once and the keys and values of each row.
     """
     config, size = model.config, model.dtype.itemsize
     head_width = config.hidden_size // config.num_attention_heads
     weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
-    start = torch.tensor([len(prompts[g]) for g in rollouts.group.tolist()], device=rollouts.mask.device)
-    position = (start[:, None] + torch.arange(rollouts.mask.shape[1], device=start.device))[rollouts.mask]
     tokens, looked_at = len(position), int(position.sum())
     output = model.get_output_embeddings().weight.numel()  # a prompt's tokens need no logits
-    flops = 2 * weights * tokens + 2 * (weights - output) * sum(map(len, prompts))
+    flops = 2 * weights * tokens + 2 * (weights - output) * prompt_tokens
     flops += 4 * looked_at * config.hidden_size * config.num_hidden_layers
     keys_and_values = 2 * looked_at * config.num_key_value_heads * head_width * config.num_hidden_layers
-    traffic = size * (weights * rollouts.mask.shape[1] + keys_and_values)
+    traffic = size * (weights * steps + keys_and_values)
     return max(flops / rates[0], traffic / rates[1])
 
 
@@ -228,13 +245,20 @@ def rollouts_table(machine: Machine) -> list[dict]:
     return [row for load in loads for row in rollouts_rows(machine, load)]
 
 
-def rollouts_rows(machine: Machine, load: Load) -> list[dict]:
-    """Ours first, then each of transformers' ways."""
+PEERS = {  # transformers' ways: what `generate` is told; the last is none of `generate`'s
+    "generate": {},
+    "generate, static cache, compiled": {"cache_implementation": "static"},
+    "continuous batching": None,
+}
+
+
+def rollouts_rows(machine: Machine, load: Load, peers: Sequence[str] | None = None) -> list[dict]:
+    """Ours first, then those of PEERS that are named (by default all that pay on this kind of machine)."""
     model, prompts, eos = make_model(load.size, machine), make_prompts(load), ending_ids(load)
     ours, produced, peaks = "ours", {}, {}
 
-    def generate(seed: int) -> clipo.Rollouts:
-        return clipo.generate(
+    def our_rollouts(seed: int) -> clipo.Rollouts:
+        return generate(
             model, prompts, samples_per_prompt=load.G, max_new_tokens=load.T, eos_token_id=eos,
             generator=torch.Generator().manual_seed(seed + 1),
         )  # fmt: skip
@@ -249,13 +273,15 @@ def rollouts_rows(machine: Machine, load: Load) -> list[dict]:
 
         return run
 
-    sides = {ours: generate, "generate": by_transformers(model, prompts, load, eos)}
-    if machine.on_gpu:
-        sides["generate, static cache, compiled"] = by_transformers(
-            model, prompts, load, eos, cache_implementation="static"
+    sides = {ours: our_rollouts}
+    for peer in peers or list(PEERS)[: None if machine.on_gpu else 1]:
+        told = PEERS[peer]
+        sides[peer] = (
+            by_continuous_batching(model, prompts, load, eos)
+            if told is None
+            else by_transformers(model, prompts, load, eos, **told)
         )
-        sides["continuous batching"] = by_continuous_batching(model, prompts, load, eos)
-    floor = floor_seconds(model, prompts, generate(0), machine.rates())
+    floor = floor_seconds(model, prompts, our_rollouts(0), machine.rates())
     times = compare(machine, {name: count(name, side) for name, side in sides.items()})
     speed = {name: [n / s for n, s in zip(produced[name][1:], times[name], strict=True)] for name in sides}
     return [
@@ -310,7 +336,7 @@ def even(texts: Sequence[str], _answers: object = None) -> list[bool]:
     return [sum(int(word) for word in text.split() if word.isdigit()) % 2 == 0 for text in texts]
 
 
-def make_trainer(machine: Machine, load: Load, eos: list[int], **settings) -> CLIPO:
+def make_trainer(machine: Machine, load: Load, eos: list[int], **settings) -> Trainer:
     """GRPO + CLIPO at the paper's constants, beyond the warm-up, with float32 weights and activations kept."""
     config = CLIPOConfig(
         **{
@@ -322,18 +348,18 @@ def make_trainer(machine: Machine, load: Load, eos: list[int], **settings) -> CL
     )  # fmt: skip
     model = make_model(load.size, machine, torch.float32)
     model.generation_config.eos_token_id = eos
-    return CLIPO(model, make_tokenizer(load.size), even, config)
+    return Trainer(model, make_tokenizer(load.size), even, config)
 
 
-def trl_table(machine: Machine) -> list[dict]:
+def trl_table(machine: Machine, load: Load | None = None) -> list[dict]:
     """A whole GRPO step, ours with the contrastive reward and TRL's without: the same model, prompts and lengths."""
     if not all(map(importlib.util.find_spec, ("trl", "accelerate"))):
         print("trl: not measured, TRL is not installed (pip install -r lab/requirements.txt)\n")
         return []
-    load = Load("1M", 2, 4, 8) if machine.quick else Load("1M", 16, 16, 40)
+    load = load or (Load("1M", 2, 4, 8) if machine.quick else Load("1M", 16, 16, 40))
     rows = []
-    for dtype in [torch.float32] + [torch.bfloat16] * clipo.computes_in_bfloat16(machine.device.type):
-        at = Machine(machine.device, dtype, machine.runs, machine.quick)
+    for dtype in [torch.float32] + [torch.bfloat16] * computes_in_bfloat16(machine.device.type):
+        at = replace(machine, dtype=dtype)
         trainer, prompts = make_trainer(at, load, [1]), make_prompts(load)
         trl_steps = trl_step_seconds(at, load, prompts)  # TRL owns its loop; ours runs right after
         default_steps = trl_step_seconds(at, load, prompts, activation_checkpointing=True)
@@ -408,11 +434,11 @@ def step_phases(machine: Machine, load: Load, **settings) -> dict[str, float]:
     return {phase: statistics.median(step[phase] for step in steps) for phase in steps[0]}
 
 
-def step_table(machine: Machine) -> list[dict]:
+def step_table(machine: Machine, loads: Sequence[Load] | None = None) -> list[dict]:
     """Where the time of a step goes, and what the contrastive reward adds: pooling, head, loss, the head's update."""
     rows = []
-    for load in step_loads(machine):
-        for constants, settings in (("paper: 1 head update", {}), ("informative: 4", clipo.INFORMATIVE)):
+    for load in loads or step_loads(machine):
+        for constants, settings in (("paper: 1 head update", {}), ("informative: 4", INFORMATIVE)):
             phases, pooling = step_phases(machine, load, **settings), pooling_seconds(machine, load)
             total, added = sum(phases.values()), phases["contrast"] + pooling
             rows.append(
@@ -429,7 +455,7 @@ def step_table(machine: Machine) -> list[dict]:
 
 
 def pooling_seconds(machine: Machine, load: Load) -> float:
-    """The line of `Rollouts.write` that sums up the states, for T steps of all rows: an upper bound."""
+    """The line of `engine.rollouts.Written.write` that sums up the states, for T steps of all rows: an upper bound."""
     rows, width = load.P * load.G, SIZES[load.size][1]
     hidden, state = torch.zeros(2, rows, width, device=machine.device)
     index = torch.arange(rows, device=machine.device)
@@ -479,36 +505,34 @@ def update_loads(machine: Machine) -> list[Load]:
 
 def some_rollouts(machine: Machine, load: Load) -> clipo.Rollouts:
     """Random tokens; lengths spread evenly from T / 4 to T."""
-    B = load.P * load.G
-    group = torch.arange(load.P, device=machine.device).repeat_interleave(load.G)
-    rollouts = clipo.Rollouts.blank(group, load.T, SIZES[load.size][1], pad=1)
-    lengths = torch.linspace(load.T / 4, load.T, B, device=machine.device).long()
-    rollouts.mask[:] = torch.arange(load.T, device=machine.device) < lengths[:, None]
-    rollouts.tokens.random_(2, SIZES[load.size][0])
-    rollouts.logprobs[rollouts.mask] = -math.log(SIZES[load.size][0])
-    return rollouts
+    shape, on = (load.P, load.G, load.T), machine.device
+    lengths = torch.linspace(load.T / 4, load.T, load.P * load.G, device=on).long().view(load.P, load.G, 1)
+    mask = torch.arange(load.T, device=on) < lengths
+    tokens = torch.randint(2, SIZES[load.size][0], shape, device=on)
+    logprobs = torch.zeros(shape, device=on).masked_fill(mask, -math.log(SIZES[load.size][0]))
+    return clipo.Rollouts(tokens, mask, logprobs, torch.zeros(*shape[:2], SIZES[load.size][1], device=on))
 
 
 def update_flops(model, prompts: Sequence[Sequence[int]], rollouts: clipo.Rollouts) -> float:
     """Of forward and backward pass: three forward passes' worth. What is computed twice to save memory counts once."""
     weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
     output = model.get_output_embeddings().weight.numel()  # a prompt's tokens need no logits
-    lengths = rollouts.mask.sum(-1).tolist()
-    before = [len(prompts[g]) for g in rollouts.group.tolist()]
+    lengths = rollouts.mask.sum(-1).flatten().tolist()
+    before = [len(ids) for ids in prompts for _ in range(rollouts.mask.shape[1])]
     looked_at = sum(n * start + n * n // 2 for n, start in zip(lengths, before, strict=True))
     forward = 2 * weights * sum(lengths) + 2 * (weights - output) * sum(map(len, prompts))
     forward += 4 * looked_at * model.config.hidden_size * model.config.num_hidden_layers
     return 3 * forward
 
 
-def lasting_bytes(trainer: CLIPO) -> int:
+def lasting_bytes(trainer: Trainer) -> int:
     """Weights, reference and the policy optimiser's moments."""
     moments = [value for state in trainer.policy_optimizer.state.values() for value in state.values()]
     models = [model for model in (trainer.policy, trainer.reference) if model is not None]
     return sum(t.nbytes for t in (*moments, *(p for model in models for p in model.parameters())))
 
 
-def update_table(machine: Machine) -> list[dict]:
+def update_table(machine: Machine, loads: Sequence[Load] | None = None) -> list[dict]:
     """The policy update on given rollouts, with activations kept and computed again.
 
     The memory plan is for rollouts that are all as long as they may be; these are not.
@@ -516,7 +540,7 @@ def update_table(machine: Machine) -> list[dict]:
     rate, _ = machine.rates()
     return [
         update_row(machine, load, recompute, rate)
-        for load in update_loads(machine)
+        for load in loads or update_loads(machine)
         for recompute in ((True,) if load.size in ("1.5B", "3B") else (False, True))  # (kept, theirs would not fit)
     ]
 
@@ -526,7 +550,7 @@ def update_row(machine: Machine, load: Load, recompute: bool, rate: float) -> di
     at_once = min(8192, load.P * load.G * load.T // 2)  # so that there are several micro-batches
     trainer = make_trainer(machine, load, [1], recompute_activations=recompute, micro_batch_tokens=at_once)
     prompts, rollouts = make_prompts(load), some_rollouts(machine, load)
-    advantage = torch.randn(len(rollouts.group), device=machine.device)
+    advantage = torch.randn(rollouts.mask.shape[:2], device=machine.device)
 
     def update(_=None) -> None:
         trainer.update(prompts, rollouts, advantage)
@@ -544,6 +568,190 @@ def update_row(machine: Machine, load: Load, recompute: bool, rate: float) -> di
         "GB in all, planned": f"{(sum(plan.lasting.values()) + sum(plan.update.values())) / 1e9:.2f}",
         "measured": f"{(lasting_bytes(trainer) + peak) / 1e9:.2f}",
     }
+
+
+def memory_row(machine: Machine, load: Load, prompt: int) -> dict:
+    """The plan of train.py against the peak, where all prompts and rollouts are as long as they may be."""
+    settings = dict(recompute_activations=None, micro_batch_tokens=16384, beta=0.001)  # as by default
+    trainer = make_trainer(machine, load, [1], **settings)
+    bfloat16, cards = machine.dtype == torch.bfloat16, dict(MODELS.values())
+    card = 1e9 * cards.get(SIZES[load.size], math.inf)
+    trainer.config = fitting(trainer.policy, trainer.config, prompt, bfloat16, card)
+    prompts, rollouts = [[5] * prompt] * load.P, some_rollouts(machine, load)
+    rollouts.mask[:] = True
+    advantage = torch.randn(rollouts.mask.shape[:2], device=machine.device)
+
+    def roll_out() -> None:
+        trainer.roll_out_and_verify(prompts, [""] * len(prompts), trainer.random(0))
+
+    def update() -> None:
+        trainer.update(prompts, rollouts, advantage)
+
+    update()  # the optimiser's moments exist from here on
+    lasting = lasting_bytes(trainer)
+    peaks = [(lasting + peak_bytes(work, machine.device)) / 1e9 for work in (roll_out, update)]
+    plan = memory_plan(trainer.policy, trainer.config, prompt, bfloat16)
+    return {
+        "load": f"{load}, prompts of {prompt}",
+        "activations": "computed again" if trainer.config.recompute_activations else "kept",
+        "planned peak, GB": f"{plan.peak / 1e9:.1f}",
+        "measured": f"{max(peaks):.1f}",
+        "rollouts": f"{peaks[0]:.1f}",
+        "update": f"{peaks[1]:.1f}",
+    }
+
+
+# ----------------------------------------------------------------------------------------------------
+# Where the host waits for a GPU
+# ----------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[1]
+# Operators whose result, or its shape, the host must know before it goes on.
+WAITING = {
+    "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim",
+    "unique_consecutive", "bincount", "repeat_interleave.Tensor",
+}  # fmt: skip
+
+
+WATCHED = ("decode step", "look that fills all rows", "look", "micro-batch")
+
+
+class Waits(TorchDispatchMode):
+    """Counts what under it makes the host wait for the GPU, or copies to it, by line of the project and operator.
+
+    A copy of ordinary memory to the GPU waits too: the host goes on when all of it has been read.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.found: dict[tuple[str, str], list[int]] = {}  # (line, operator): how often it waited, how often it copied
+
+    def __torch_dispatch__(self, function, types, given=(), named=None):
+        named = named or {}
+        name = str(function).removeprefix("aten.").removesuffix(".default")
+        waits, copies = kind_of_wait(name, given, named)
+        if waits or copies:
+            times = self.found.setdefault((project_line(), name), [0, 0])
+            times[0 if waits else 1] += 1
+        return function(*given, **named)
+
+
+def kind_of_wait(name: str, given: Sequence, named: dict) -> tuple[bool, bool]:
+    """Does the operator make the host wait for a GPU? Does it copy to one?"""
+    on_gpu = [isinstance(x, Tensor) and x.device.type == "cuda" for x in given]
+    if name == "_to_copy":
+        to_gpu = on_gpu[0] if named.get("device") is None else torch.device(named["device"]).type == "cuda"
+        return on_gpu[0] and not to_gpu, to_gpu and not on_gpu[0]
+    if name == "copy_":
+        return on_gpu[1] and not on_gpu[0], on_gpu[0] and not on_gpu[1]
+    if name == "lift_fresh":  # torch.tensor([...], device="cuda")
+        return False, on_gpu[0]
+    if name.startswith(("index.", "index_put", "_index_put")) and on_gpu[0]:
+        indices, value = [i for i in given[1] if i is not None], given[2] if len(given) > 2 else None
+        if value is not None and value.numel() == 1 and len(indices) == 1 and indices[0].dtype == torch.bool:
+            return False, False  # x[mask] = number is a masked_fill
+        tensors = [x for x in (*indices, value) if x is not None]
+        return any(i.dtype in (torch.bool, torch.uint8) for i in indices), any(x.device.type == "cpu" for x in tensors)
+    return name in WAITING and any(on_gpu), False
+
+
+def project_line() -> str:
+    """file:line of the project that is at work, or that of its `backward()`, whose operators run in a thread alone."""
+    frame = sys._getframe(1).f_back  # who called the operator
+    while frame and (ROOT not in (file := Path(frame.f_code.co_filename)).parents or "site-packages" in file.parts):
+        frame = frame.f_back
+    return f"{file.relative_to(ROOT)}:{frame.f_lineno}" if frame else "in backward()"
+
+
+def watching(work: Callable, calls: dict[int, Waits]) -> Callable:
+    """The function, with some of its calls (their number: a watch) watched."""
+    number = itertools.count()
+
+    def call(*given):
+        with calls.get(next(number), nullcontext()):
+            return work(*given)
+
+    return call
+
+
+def waits_table(machine: Machine) -> list[dict]:
+    """Waits for the device, by line, for one decode step, one look at what has ended, and one micro-batch."""
+    if not machine.on_gpu:
+        print("waits: not measured, it needs a GPU\n")
+        return []
+    load, watched = Load("1M", 4, 4, 32), {name: Waits() for name in WATCHED}
+    step, fill, look, micro_batch = watched.values()
+    model = make_model(load.size, machine)
+    with (
+        mock.patch.object(CapturedSteps, "__call__", watching(lambda steps, *kind: steps.step(*kind), {1: step})),
+        mock.patch.object(Batch, "refill", watching(Batch.refill, {0: fill, 1: look})),
+        mock.patch.object(Batch, "reach", watching(Batch.reach, {0: fill, 1: look})),
+    ):
+        generate(
+            model, make_prompts(load), samples_per_prompt=load.G, max_new_tokens=load.T, eos_token_id=ending_ids(load)
+        )
+    trainer, rollouts = make_trainer(machine, load, [1]), some_rollouts(machine, load)
+    advantage = torch.randn(rollouts.mask.shape[:2], device=machine.device)
+    with trainer.mixed_precision(), micro_batch:
+        trainer.unguarded.policy_gradient(  # (so many tokens at a time: all)
+            trainer.policy, None, make_prompts(load), rollouts, advantage, trainer.config, micro_batch_tokens=10**6
+        )
+    return [
+        {"what": what, "line": line, "operator": operator, "waits": waits, "copies to it": copies}
+        for what, watch in watched.items()
+        for (line, operator), (waits, copies) in (watch.found or {("nowhere", ""): (0, 0)}).items()
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Where the time of a GPU's decode step goes
+# ----------------------------------------------------------------------------------------------------
+
+
+def decode_table(machine: Machine, load: Load | None = None) -> list[dict]:
+    """A decode step run plainly and as a replayed graph, its kernels alone, and the least that it can take."""
+    if torch.profiler.ProfilerActivity.CUDA not in torch.profiler.supported_activities():
+        raise RuntimeError("the profiler sees no GPU here; expected a CUDA device that it can watch")
+    load, rows = load or Load("0.5B", 16, 16, 512), []
+    model, prompts = make_model(load.size, machine), make_prompts(load)
+
+    def run(steps: CapturedSteps, *kind: int) -> None:
+        plainly = partial(steps.step, *kind)
+        plainly()
+        steps.seen[kind] += 1
+        if steps.seen[kind] == 4 and not rows:  # the first ones load kernels
+            steps.demanded = True
+            steps.capture(kind)
+            for what, one in (("run plainly", plainly), ("replayed as a graph", steps.graphs[kind].replay)):
+                one()
+                seconds = machine.seconds(lambda one=one: [one() for _ in range(8)]) / 8
+                rows.append({"what": f"a step, {what}", "microseconds": f"{1e6 * seconds:,.0f}"})
+            rows.extend(kernels(machine, plainly, model.config.num_hidden_layers))
+
+    with mock.patch.object(CapturedSteps, "__call__", run):
+        generate(model, prompts, samples_per_prompt=load.G, max_new_tokens=load.T, eos_token_id=1)
+    position = torch.tensor([len(prompt) + 4 for prompt in prompts for _ in range(load.G)])
+    least = least_seconds(model, 1, position, 0, machine.rates())
+    floor = {"what": "the least: its bytes at the copy rate, or its flops", "microseconds": f"{1e6 * least:,.0f}"}
+    return [{"load": str(load), **row} for row in (*rows, floor)]
+
+
+def kernels(machine: Machine, work: Callable[[], None], layers: int) -> list[dict]:
+    """How many kernels a GPU runs for it, their time, and the eight kinds that take longest."""
+    activities = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activities.CPU, activities.CUDA]) as watched:
+        work()
+        machine.wait()
+    found: dict[str, list[float]] = {}
+    for event in watched.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found.setdefault(event.name, []).append(event.time_range.elapsed_us())
+    rows = {"its kernels alone": [t for times in found.values() for t in times]}
+    rows |= {name.replace("|", " ")[:80]: found[name] for name in sorted(found, key=lambda name: -sum(found[name]))[:8]}
+    return [
+        {"what": name, "microseconds": f"{sum(t):,.0f}", "kernels": len(t), "a layer": f"{len(t) / layers:.1f}"}
+        for name, t in rows.items()
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -593,16 +801,15 @@ class LargestTensor(TorchDispatchMode):
 
 def contrast_cost(machine: Machine, B: int) -> tuple[float, int]:
     """Median seconds of head, loss and backward, and the elements of the largest tensor on the way."""
-    hidden = torch.randn(B, 896, device=machine.device)
+    hidden = torch.randn(B // 16, 16, 896, device=machine.device)
     head = clipo.ContrastiveHead(896).to(machine.device)
-    correct = torch.arange(B, device=machine.device) % 2 == 0
-    group = torch.arange(B, device=machine.device) // 16
+    correct = (torch.arange(B, device=machine.device) % 2 == 0).view(-1, 16)
 
     def contrast() -> None:
         z = head(hidden)
         with largest:
-            loss, anchors = clipo.contrastive_loss(z, correct, group, positives=clipo.draw_positives(correct, group))
-            loss[anchors].mean().backward()
+            pairs = clipo.draw_pairs(correct)
+            clipo.infonce(z, pairs)[pairs.anchor].mean().backward()
 
     largest = LargestTensor()
     contrast()
@@ -645,6 +852,7 @@ TABLES: dict[str, Callable[[Machine], list[dict]]] = {
     "trl": trl_table,
     "step": step_table,
     "update": update_table,
+    "waits": waits_table,
     "growth": growth_table,
     "grading": grading_table,
 }
