@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import CLIPOConfig, check_generate_arguments
+from config import CLIPOConfig, check_attends_to_all, check_generate_arguments
 
 # =====================================================================================================
 # 1. Rollouts: read each prompt once (prefill), then decode G responses to it, one token at a time
@@ -106,6 +106,11 @@ def output_logits(model, states: Tensor) -> Tensor:
     return model.get_output_embeddings()(states)
 
 
+def exact(logits: Tensor) -> Tensor:
+    """In float32 at least: bfloat16 keeps three digits, too few for a log-prob."""
+    return logits.float() if logits.dtype == torch.bfloat16 else logits
+
+
 def sample(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Draw one token per row by inverse CDF: the first token whose cumulated probability exceeds the uniform number.
 
@@ -116,10 +121,12 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor,
     >>> [sample(logits, torch.tensor([u]), 1.0)[0].item() for u in (0.0, 0.49, 0.51, 0.79, 0.81)]
     [0, 0, 1, 1, 2]
     """
-    probs = (logits.float() / (temperature or 1.0)).softmax(-1)  # (B, V)
+    probs = (exact(logits) / (temperature or 1.0)).softmax(-1)  # (B, V)
     cumulated = probs.cumsum(-1)
     token = torch.searchsorted(cumulated, (uniform * cumulated[:, -1])[:, None], right=True)[:, 0]  # (B, V) -> (B,)
-    token = probs.argmax(-1) if temperature == 0 else token.clamp(max=logits.shape[-1] - 1)  # (past the end if NaN)
+    token = token.clamp(max=logits.shape[-1] - 1)  # where the logits are NaN nothing exceeds: no crash, a NaN log-prob
+    if temperature == 0:
+        token = probs.argmax(-1)
     return token, probs.gather(-1, token[:, None])[:, 0].log()
 
 
@@ -142,6 +149,7 @@ def generate(
     NotImplementedError for such a model.
     """
     stop = check_generate_arguments(model, prompts, samples_per_prompt, max_new_tokens, eos_token_id, temperature)
+    check_attends_to_all(model)
     P, G, T, device = len(prompts), samples_per_prompt, max_new_tokens, model.device
     uniform = torch.rand(P * G, T, generator=generator).to(device)
     prefill(model, prompts, cache := KVCache(max(map(len, prompts)) + T))
@@ -157,9 +165,11 @@ def generate(
     for t in range(T):
         state = last_states(model, token[:, None], position[:, None], cache)[:, 0]  # (B, 1, D) -> (B, D)
         token, logprob = sample(output_logits(model, state), uniform[:, t], temperature)
-        tokens[working, t], mask[:, t], logprobs[working, t] = token[working], working, logprob[working]
-        # h is the mean over the response tokens that were fed back. The last one never is, so its state, which the
-        # paper's mean has, is left out; a response of one token takes the state that the token was drawn from.
+        tokens[:, t], mask[:, t] = token.where(working, stop[0]), working
+        logprobs[:, t] = logprob.where(working, 0.0)
+        # h sums up the states of the response tokens that were fed back. The last one never is, so its state, which the
+        # paper's mean has, is left out. The first state (t = 0) is the prompt's: the next takes its place (t = 1), so
+        # that it stays for a response of one token only, which has no other.
         hidden = torch.where(working[:, None], state.float() + hidden * (t > 1), hidden)
         working = working & ~torch.isin(token, torch.tensor(stop, device=device))
         position = position + 1
@@ -178,7 +188,7 @@ def response_logprobs(
     for prompt, tokens in zip(prompts, rollouts.tokens, strict=True):  # tokens (G, T)
         before = tokens.new_tensor(prompt).expand(len(tokens), -1)
         logits = model(input_ids=torch.cat([before, tokens], 1), use_cache=False).logits[:, len(prompt) - 1 : -1]
-        logprobs = (logits.float() / temperature).log_softmax(-1)  # (G, T, V): each place predicts the next token
+        logprobs = (exact(logits) / temperature).log_softmax(-1)  # (G, T, V): each place predicts the next token
         groups.append(logprobs.gather(-1, tokens[:, :, None])[:, :, 0])
     return torch.stack(groups).masked_fill(~rollouts.mask, 0)
 
@@ -254,9 +264,10 @@ def similarities(z: Tensor, pairs: Pairs, tau: float) -> Tensor:
 
 
 def log_sum(similarity: Tensor, allowed: Tensor) -> Tensor:
-    """log sum of exp(s) over the allowed entries of each row: (P, G, G) -> (P, G); a row without any takes all.
+    """log sum of exp(s) over the allowed entries of each row: (P, G, G) -> (P, G).
 
-    This is exact; the authors' epsilon inside the log is not (0.24 off for 16 random vectors).
+    This is exact; the authors' epsilon inside the log is not (0.24 off for 16 random vectors). A row with none allowed,
+    which is no anchor's and is not used, takes all: its log of 0 would have a gradient of NaN.
 
     >>> log_sum(torch.tensor([[[20.0, 1.0, 1.0, 0.0]]]), torch.tensor([[[False, True, True, True]]]))  # log(2e + 1)
     tensor([[1.8620]])
@@ -367,7 +378,7 @@ def policy_gradient(
     """Add the gradient of -J to the policy's parameters; advantages (P, G). reference None: no KL.
 
     One prompt's group at a time: the gradients add up to that of all, and only one group's activations are held.
-    Returns "policy_loss", "kl", and "clip_fraction": the share of tokens whose gradient the clip removed.
+    Returns "policy_loss" (-J), "kl", and "clip_fraction": the share of tokens whose gradient the clip removed.
     """
     low = form.low if config.clip_low is None else config.clip_low
     high = form.high if config.clip_high is None else config.clip_high
@@ -381,7 +392,6 @@ def policy_gradient(
         log_ratio = logprobs - group.logprobs
         surrogate, cut = form.surrogate(log_ratio, advantages[one, :, None], group.mask, low, high)
         loss = -(surrogate * weights[one]).sum()
-        total["policy_loss"] += loss.item()
         total["clip_fraction"] += (cut * per_token[one]).sum().item()
         if reference is not None:
             with torch.no_grad():
@@ -389,6 +399,7 @@ def policy_gradient(
             kl = (kl_k3(logprobs, ref_logprobs) * per_token[one]).sum()
             total["kl"] += kl.item()
             loss = loss + config.beta * kl
+        total["policy_loss"] += loss.item()
         loss.backward()
     return total
 
@@ -411,7 +422,7 @@ class Parts:
 
 
 class Contrasted(NamedTuple):
-    """What the contrastive half of a step found; all but the last from before the head's update."""
+    """What the contrastive half of a step found; z, L and rc are from before the head's update."""
 
     embedding: Tensor  # (P, G, E) z
     pairs: Pairs
@@ -463,7 +474,7 @@ class Contrast:
 
     def contrast(self, hidden: Tensor, correct: Tensor) -> Contrasted:
         """Embed h (P, G, D), pay agreement, then train the head; correct (P, G) bool. h carries no gradient."""
-        config, parts, random, before, grad_norm = self.config, self.parts, self.random(1), None, None
+        config, parts, random, first, grad_norm = self.config, self.parts, self.random(1), None, None
         hidden = hidden.detach()
         if config.center_hidden:  # (ours, not the paper's: take away what the answers to one question share)
             hidden = hidden - hidden.mean(1, keepdim=True)
@@ -471,13 +482,14 @@ class Contrast:
             z = self.head(hidden)  # (P, G, D) -> (P, G, E)
             pairs = parts.pairs(correct, random)
             loss = parts.loss(z, pairs, config.tau)  # (P, G)
-            before = before or (z.detach(), pairs, loss.detach())
+            first = first or (z.detach(), pairs, loss.detach())  # what is paid is from before any update
             if not pairs.anchor.any() or config.head_steps == 0:
                 break  # nothing to learn from, or a fixed head
             loss[pairs.anchor].mean().backward()
             grad_norm = self.descend(self.head_optimizer)
-        reward = parts.reward(before[2], before[1], weight=config.weight, floor=config.reward_floor)
-        return Contrasted(*before, reward, grad_norm)
+        z, pairs, loss = first
+        reward = parts.reward(loss, pairs, weight=config.weight, floor=config.reward_floor)
+        return Contrasted(z, pairs, loss, reward, grad_norm)
 
     def descend(self, optimizer: torch.optim.Optimizer) -> float:
         """Clip the gradient, one optimiser step; the norm before the clip. RuntimeError if that is no finite number."""

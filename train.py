@@ -338,9 +338,10 @@ def train(trainer: Trainer, task: ToyTask | DataTask, out: Path, save_every: int
         while trainer.steps_done < config.steps and not early:
             sizes = dict(trainer.sizes)
             metrics, problems, sound = take_step(trainer, task)
-            logged = metrics["step"], problems, trainer.last, sound, log_groups
-            for row in logged_groups(*logged, one_drawn=config.contrastive_kind == "infonce"):
-                checkpoint.append_line(out / "rollouts.jsonl", row)
+            if trainer.last:  # (a skipped step has nothing to show)
+                logged = metrics["step"], problems, trainer.last, sound, log_groups
+                for row in logged_groups(*logged, one_drawn=config.contrastive_kind == "infonce"):
+                    checkpoint.append_line(out / "rollouts.jsonl", row)
             if trainer.policy in captures_failed:
                 metrics["without_cuda_graphs"] = captures_failed[trainer.policy]
             checkpoint.append_line(out / "metrics.jsonl", metrics)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from clipo import Rollouts
+from clipo import Rollouts, exact
 from config import check_generate_arguments
 
 # ----------------------------------------------------------------------------------------------------
@@ -337,8 +337,8 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_
     >>> [sample(logits, torch.tensor([u]), 1.0, 0, 1.0)[0].item() for u in (0.0, 0.49, 0.51, 0.79, 0.81)]
     [0, 0, 1, 1, 2]
     """
-    logits = logits if temperature in (0, 1) else logits.float() / temperature
-    probs = logits.softmax(-1, dtype=torch.float32)  # (B, V)
+    logits = logits if temperature in (0, 1) else exact(logits) / temperature
+    probs = logits.softmax(-1, dtype=torch.float32 if logits.dtype == torch.bfloat16 else None)  # (B, V)
     if temperature == 0:
         chosen = probs.argmax(-1)
     else:
@@ -463,7 +463,7 @@ class Written:
 
     def write(self, rollout: Tensor, t: Tensor, token: Tensor, logprob: Tensor, state: Tensor) -> None:
         """Token t of some rollouts, drawn from `state` (rows, D); all else (rows,)."""
-        self.tokens[rollout, t], self.logprobs[rollout, t] = token, logprob
+        self.tokens[rollout, t], self.logprobs[rollout, t] = token, logprob.float()
         self.mask[rollout, t] = torch.ones_like(t, dtype=torch.bool)  # (True would be copied to a GPU, which waits)
         # The state at t = 0 belongs to the prompt's last token: it only serves a response of one token.
         self.hidden[rollout] = state.float() + self.hidden[rollout] * (t > 1)[:, None]

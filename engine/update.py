@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from clipo import GRPO, PolicyLoss, Rollouts, kl_k3, token_mean
+from clipo import GRPO, PolicyLoss, Rollouts, exact, kl_k3, token_mean
 from config import CLIPOConfig
 from engine.rollouts import Cache, last_states, our_attention, output_logits, prefill, prompts_of
 
@@ -118,7 +118,7 @@ def row_logprobs(
         prefill(model, prompts, prompt_keys := PromptKeys())
         states = last_states(model, fed, positions, SharedPrompts(prompt_keys, origin), used=fed.shape[1])
     logprobs = token_logprobs(model, states[mask], tokens[mask], temperature)  # (real response tokens,)
-    return torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, logprobs)  # -> (rows, T)
+    return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs)  # -> (rows, T)
 
 
 LOGITS_AT_ONCE = 2**27  # 0.5 GB of float32; a micro-batch of 16,384 tokens of Qwen2.5 would have 10 GB, and twice over
@@ -131,7 +131,7 @@ def token_logprobs(model, states: Tensor, tokens: Tensor, temperature: float) ->
     """
 
     def chunk(states: Tensor, tokens: Tensor) -> Tensor:
-        logits = output_logits(model, states).float() / (temperature or 1.0)  # (n, V)
+        logits = exact(output_logits(model, states)) / (temperature or 1.0)  # (n, V)
         return -F.cross_entropy(logits, tokens, reduction="none")
 
     size = max(1, LOGITS_AT_ONCE // model.get_output_embeddings().out_features)
@@ -209,7 +209,6 @@ def policy_gradient(
         log_ratio = logprobs - old[rows, :longest]
         surrogate, cut = form.surrogate(log_ratio, advantages.flatten()[rows, None], some[2], low, high)
         loss = -(surrogate * weights[rows, :longest]).sum()
-        total["policy_loss"] += loss.item()
         total["clip_fraction"] += (cut * per_token[rows, :longest]).sum().item()
         if reference is not None:
             with torch.no_grad():
@@ -217,5 +216,6 @@ def policy_gradient(
             kl = (kl_k3(logprobs, ref_logprobs) * per_token[rows, :longest]).sum()
             total["kl"] += kl.item()
             loss = loss + config.beta * kl
+        total["policy_loss"] += loss.item()
         loss.backward()
     return total

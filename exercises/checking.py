@@ -28,6 +28,19 @@ def load(file: Path) -> ModuleType:
     return module
 
 
+def small_model():
+    """A Qwen2 with random weights, of 30 tokens. They are large: its logits are far from uniform."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM  # here, so that the other checks need not wait for it
+
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, bos_token_id=None, initializer_range=0.2,
+        )
+    ).eval()  # fmt: skip
+
+
 def agree(got, expected: Tensor, given: str, mistakes: dict[str, Tensor] | None = None, atol: float = 1e-5) -> None:
     """Fail, with a line that helps, unless `got` equals `expected`. mistakes: {what is wrong: what one then gets}."""
     if not isinstance(got, Tensor):

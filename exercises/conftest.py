@@ -15,6 +15,16 @@ def the_same_random_numbers():
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    """An answer that is not written yet ends with one line, without source code."""
+    try:
+        return (yield)
+    except NotImplementedError as reason:
+        unwritten = str(reason)
+    pytest.fail(unwritten, pytrace=False)
+
+
 @pytest.fixture
 def answer(request):
     """The answer that the check's folder is about."""

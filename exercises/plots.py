@@ -19,6 +19,7 @@ from torch import Tensor
 
 import clipo
 import toy
+import variants
 from exercises.checking import HERE, answer_of
 from problems import are_correct
 
@@ -39,14 +40,12 @@ def paid_for_soundness(loss: Callable[..., Tensor], tau: float = 0.5, sound: Ten
 
     The first six right ones gather (SOUND); `sound` (16,) bool may call others sound.
     """
-    gaps = []
-    for z in made_up_groups(50, gather=SOUND):
-        similarity, another = z @ z.T / tau, ~torch.eye(16, dtype=torch.bool)
-        positive, negative = (RIGHT & another)[RIGHT], (~RIGHT).expand(16, 16)[RIGHT]
-        rc = -loss(similarity[RIGHT], positive, positive, negative)  # of the right ones
-        R = torch.cat([1 + rc - rc.mean(), torch.zeros(7)])
-        gaps.append((rc[sound[RIGHT]].mean() - rc[~sound[RIGHT]].mean()) / (R.std() + 1e-6))
-    return torch.stack(gaps).mean().item()
+    z = made_up_groups(2000, gather=SOUND)  # (2000, 16, 8); so many, because InfoNCE's pay hangs on its draw
+    pairs = clipo.draw_pairs(RIGHT.expand(2000, 16), torch.Generator().manual_seed(0))
+    rc = -loss(z, pairs, tau)  # (2000, 16)
+    R = torch.where(RIGHT, 1 + rc - rc[:, RIGHT].mean(-1, keepdim=True), 0.0)
+    gaps = rc[:, sound].mean(-1) - rc[:, RIGHT & ~sound].mean(-1)
+    return (gaps / (R.std(-1) + 1e-6)).mean().item()
 
 
 def plot_7(answer, axes) -> None:
@@ -55,16 +54,14 @@ def plot_7(answer, axes) -> None:
         torch.manual_seed(0)
         head, shares = clipo.ContrastiveHead(64, 512), []
         optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
-        group = torch.arange(32).repeat_interleave(G)
         right = torch.arange(G) < G // 2
         hidden = torch.randn(32, G, 64) + 0.7 * torch.randn(32, 1, 64) * right[:, None]  # right ones gather a little
-        correct = right.repeat(32)
+        pairs = clipo.draw_pairs(right.expand(32, G), torch.Generator().manual_seed(0))
         for _ in range(60):
-            positives = clipo.draw_positives(correct, group, generator=torch.Generator().manual_seed(0))
-            loss, anchors = clipo.contrastive_loss(head(hidden.flatten(0, 1)), correct, group, positives=positives)
-            reward = answer.contrastive_reward(loss.detach(), anchors)
-            shares.append((reward[anchors] <= -0.5).float().mean().item())
-            loss[anchors].mean().backward()
+            loss = clipo.infonce(head(hidden), pairs)
+            reward = answer.contrastive_reward(loss.detach(), pairs)
+            shares.append((reward[pairs.anchor] <= -0.5).float().mean().item())
+            loss[pairs.anchor].mean().backward()
             optimizer.step()
             optimizer.zero_grad()
         axes.plot(shares, style, color="black", label=f"G = {G}, half of them right")
@@ -95,8 +92,8 @@ def plot_9(answer, axes) -> None:
 
 def plot_10(answer, axes) -> None:
     """Paid for soundness: the five losses and yours."""
-    losses = {**clipo.CONTRASTIVE_LOSSES, "yours": answer.my_loss}
-    axes.barh(list(losses), [paid_for_soundness(loss) for loss in losses.values()], color="0.6", edgecolor="black")
+    losses = {**variants.LOSSES, "yours": answer.MINE}
+    axes.barh(list(losses), [paid_for_soundness(each.loss) for each in losses.values()], color="0.6", edgecolor="black")
     axes.set(xlabel="paid to sound right answers more than to unsound ones, standard deviations of R")
     axes.set_title("What each loss pays for soundness, on made-up groups")
     axes.invert_yaxis()

@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported; no test may wait for a network
 
@@ -78,3 +79,10 @@ def model(request):
 @pytest.fixture(scope="session")
 def qwen2():
     return make_model(CONFIGS["qwen2"])
+
+
+def flat(rollouts):
+    """Rollouts (P, G, ...) one a row: tokens, mask and logprobs (B, T), hidden (B, D), group (B,): which prompt."""
+    P, G, _ = rollouts.tokens.shape
+    rows = {name: values.flatten(0, 1) for name, values in rollouts._asdict().items()}
+    return SimpleNamespace(**rows, group=torch.arange(P).repeat_interleave(G))

@@ -8,20 +8,20 @@ import torch.nn.functional as F
 from conftest import CONFIGS, PROMPTS, SIZE, make_model
 from torch import nn
 
-import clipo
+import engine.rollouts as fast
+import engine.update
 
 EOS = [1, 3, 17, 31]
 
 
 def roll_out(model, **chosen):
     given = dict(samples_per_prompt=5, max_new_tokens=24, eos_token_id=EOS, generator=torch.Generator().manual_seed(3))
-    return clipo.generate(model, PROMPTS, **{**given, **chosen})
+    return fast.generate(model, PROMPTS, **{**given, **chosen})
 
 
 def assert_same(got, expected):
     assert torch.equal(got.mask, expected.mask)
     assert torch.equal(got.tokens, expected.tokens)
-    assert torch.equal(got.group, expected.group)
     torch.testing.assert_close(got.logprobs, expected.logprobs, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(got.hidden, expected.hidden, atol=1e-4, rtol=1e-4)
 
@@ -38,15 +38,15 @@ def test_waves_give_the_same_rollouts(model, max_batch):
 @pytest.mark.parametrize(
     "pace",
     [
-        clipo.PACE["cuda"],
-        clipo.Pace(steps=16, bucket=8, while_waiting=0.5, in_the_tail=0.5),  # rows go on long after their rollout ended
-        clipo.Pace(steps=3, bucket=256, while_waiting=0.0, in_the_tail=0.0),  # until nobody works
-        clipo.Pace(steps=1, bucket=1, while_waiting=0.999, in_the_tail=0.999),  # never
+        fast.PACE["cuda"],
+        fast.Pace(steps=16, bucket=8, while_waiting=0.5, in_the_tail=0.5),  # rows go on long after their rollout ended
+        fast.Pace(steps=3, bucket=256, while_waiting=0.0, in_the_tail=0.0),  # until nobody works
+        fast.Pace(steps=1, bucket=1, while_waiting=0.999, in_the_tail=0.999),  # never
     ],
 )
 def test_any_pace_gives_the_same_rollouts(model, pace, max_batch, monkeypatch):
     expected = roll_out(model)
-    monkeypatch.setitem(clipo.PACE, "cpu", pace)
+    monkeypatch.setitem(fast.PACE, "cpu", pace)
     assert_same(roll_out(model, max_batch=max_batch), expected)
 
 
@@ -58,21 +58,21 @@ def test_rows_stay_within_max_batch_and_nine_in_ten_of_them_work(qwen2, max_batc
         rows.extend([len(tokens)] * (tokens.shape[1] == 1 and not named))  # decode steps, not prefill
         return last_states(model, tokens, *others, **named)
 
-    last_states = clipo.last_states
-    monkeypatch.setattr(clipo, "last_states", counted)
+    last_states = fast.last_states
+    monkeypatch.setattr(fast, "last_states", counted)
     rollouts = roll_out(qwen2, max_batch=max_batch)
     assert max(rows) == (max_batch or 20)
-    assert rollouts.mask.sum() <= sum(rows) <= rollouts.mask.sum() / clipo.PACE["cpu"].in_the_tail
+    assert rollouts.mask.sum() <= sum(rows) <= rollouts.mask.sum() / fast.PACE["cpu"].in_the_tail
 
 
 def test_a_rollout_that_ends_at_once_makes_room(qwen2):
-    first = roll_out(qwen2, samples_per_prompt=1, max_new_tokens=1, temperature=0).tokens[:, 0].tolist()
+    first = roll_out(qwen2, samples_per_prompt=1, max_new_tokens=1, temperature=0).tokens[:, 0, 0].tolist()
     got = roll_out(qwen2, eos_token_id=first, temperature=0, max_batch=2)
-    assert got.tokens.tolist() == [[token] for token in first for _ in range(5)]
+    assert got.tokens.flatten().tolist() == [token for token in first for _ in range(5)]
 
 
 def test_the_cache_copies_rows_within_itself():
-    source, target = clipo.KVCache(4, 3), clipo.KVCache(4, 5)
+    source, target = fast.KVCache(4, 3), fast.KVCache(4, 5)
     for cache in (source, target):
         cache.begin(torch.arange(3)[None], used=3)
         cache.update(torch.randn(4, 2, 3, 6), torch.randn(4, 2, 3, 6), 0)
@@ -88,31 +88,29 @@ def test_the_cache_copies_rows_within_itself():
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_attention_without_repeated_keys_equals_attention_with(heads, softcap):
     key, value = torch.randn(2, 3, heads, 7, 8).unbind(0)
-    mask = clipo.attention_mask(torch.tensor([[6], [3], [0]]), torch.arange(7)[None], None, torch.float32)
+    mask = fast.attention_mask(torch.tensor([[6], [3], [0]]), torch.arange(7)[None], None, torch.float32)
     query = torch.randn(3, 4, 1, 8)
     repeated = [kv.repeat_interleave(4 // heads, dim=1) for kv in (key, value)]
     scores = query @ repeated[0].transpose(2, 3) * 0.3
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     expected = ((scores + mask).softmax(-1) @ repeated[1]).transpose(1, 2)
-    got, _ = clipo.cached_attention(None, query, key, value, mask, scaling=0.3, softcap=softcap)
+    got, _ = fast.cached_attention(None, query, key, value, mask, scaling=0.3, softcap=softcap)
     torch.testing.assert_close(got, expected)
 
 
 def test_the_update_computes_each_prompt_once(qwen2, monkeypatch):
-    fed = []
-    last_states = clipo.last_states
-    monkeypatch.setattr(clipo, "last_states", lambda *a, **n: fed.append(tuple(a[1].shape)) or last_states(*a, **n))
-    rollouts = roll_out(qwen2)
-    fed.clear()
-    clipo.response_logprobs(qwen2, PROMPTS, rollouts)
+    rollouts, fed, last_states = roll_out(qwen2), [], fast.last_states
+    for module in (fast, engine.update):  # prompts, responses
+        monkeypatch.setattr(module, "last_states", lambda *a, **n: fed.append(a[1].shape) or last_states(*a, **n))
+    engine.update.response_logprobs(qwen2, PROMPTS, rollouts)
     longest = max(map(len, PROMPTS))
-    assert fed == [(len(PROMPTS), longest - 1), tuple(rollouts.tokens.shape)]
+    assert fed == [(len(PROMPTS), longest - 1), rollouts.tokens.flatten(0, 1).shape]
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_weight_first_is_a_linear_layer(bias):
     layer, inputs = nn.Linear(30, 20, bias=bias), torch.randn(3, 4, 30)
-    got = clipo.weight_first(layer, inputs)
+    got = fast.weight_first(layer, inputs)
     assert got.is_contiguous()
     torch.testing.assert_close(got, F.linear(inputs, layer.weight, layer.bias))
 
@@ -124,17 +122,17 @@ def large_model():
 
 def test_large_layers_are_served_weight_first_and_give_the_same_tokens():
     model = large_model()
-    with clipo.serving(model):
+    with fast.serving(model):
         assert [name for name, layer in model.named_modules() if "forward" in vars(layer)] == ["lm_head"]
-    got = clipo.generate(model, [[5, 9]], samples_per_prompt=1, max_new_tokens=9, eos_token_id=0, temperature=0)
+    got = fast.generate(model, [[5, 9]], samples_per_prompt=1, max_new_tokens=9, eos_token_id=0, temperature=0)
     expected = model.generate(torch.tensor([[5, 9]]), do_sample=False, max_new_tokens=9, eos_token_id=0)
-    assert got.tokens[0].tolist() == expected[0, 2:].tolist()
+    assert got.tokens[0, 0].tolist() == expected[0, 2:].tolist()
 
 
 def test_bfloat16_products_are_left_to_the_library():
-    with torch.autocast("cpu", torch.bfloat16), clipo.serving(model := large_model()):
+    with torch.autocast("cpu", torch.bfloat16), fast.serving(model := large_model()):
         assert "forward" not in vars(model.lm_head)
-    with clipo.serving(model.bfloat16()):
+    with fast.serving(model.bfloat16()):
         assert "forward" not in vars(model.lm_head)
 
 
@@ -143,9 +141,9 @@ def test_the_model_is_left_as_it_was_even_after_an_error(monkeypatch):
     attention = model.config._attn_implementation
     for broken in (False, True):
         if broken:
-            monkeypatch.setattr(clipo, "sample", lambda *_: 1 / 0)
+            monkeypatch.setattr(fast, "sample", lambda *_: 1 / 0)
         try:
-            clipo.generate(model, PROMPTS, samples_per_prompt=1, max_new_tokens=2, eos_token_id=1)
+            fast.generate(model, PROMPTS, samples_per_prompt=1, max_new_tokens=2, eos_token_id=1)
         except ZeroDivisionError:
             assert broken
         assert model.training and model.config._attn_implementation == attention
@@ -157,13 +155,13 @@ def test_bfloat16_weights(qwen2):
     got = roll_out(model)
     assert got.logprobs.dtype == got.hidden.dtype == torch.float32
     with torch.no_grad():
-        exact = clipo.response_logprobs(qwen2, PROMPTS, got)
+        exact = engine.update.response_logprobs(qwen2, PROMPTS, got)
     assert (got.logprobs - exact).abs().mean() < 0.2
 
 
 def decode_steps(model, monkeypatch, max_batch, **chosen):
     """(rows, how many of them work for no rollout) of each decode step of `roll_out` at a GPU's pace."""
-    steps, following = [], clipo.Batch.next
+    steps, following = [], fast.Batch.next
 
     def noted(batch, rows):
         table = following(batch, rows)
@@ -171,8 +169,8 @@ def decode_steps(model, monkeypatch, max_batch, **chosen):
         return table
 
     with monkeypatch.context() as patch:
-        patch.setitem(clipo.PACE, "cpu", clipo.PACE["cuda"]._replace(steps=1))
-        patch.setattr(clipo.Batch, "next", noted)
+        patch.setitem(fast.PACE, "cpu", fast.PACE["cuda"]._replace(steps=1))
+        patch.setattr(fast.Batch, "next", noted)
         roll_out(model, max_batch=max_batch, **chosen)
     return steps[::2]  # `advance` asks again
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import DATA
 
-import clipo
 import eval as evaluation
 import toy
 from eval import bootstrap, compare, majority, pass_at_k, summarise, table, wilson
@@ -277,6 +276,6 @@ def test_a_model_that_cannot_be_served_is_refused(folder, tmp_path, monkeypatch,
     def refuse(model):
         raise NotImplementedError("it cannot be served by KVCache")
 
-    monkeypatch.setattr(clipo, "check_model", refuse)
+    monkeypatch.setattr(evaluation, "check_model", refuse)
     assert run(folder, "--data", "toy", "--out", tmp_path / "out") == 2
     assert "it cannot be served by KVCache" in capsys.readouterr().err

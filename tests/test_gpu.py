@@ -11,17 +11,19 @@ from test_safety import TINY_RUN
 from test_step import ANSWERS, SMALL, TOKENIZER, even
 
 import checkpoint
-import clipo
+import engine.rollouts as fast
 import eval as evaluation
 import toy
 import train
 import tsne
+from config import CLIPOConfig
+from engine.guard import Trainer
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def on_cpu(rollouts):
-    return type(rollouts)(**{name: value.cpu() for name, value in vars(rollouts).items()})
+    return type(rollouts)(*(values.cpu() for values in rollouts))
 
 
 @needs_gpu
@@ -43,12 +45,12 @@ def test_waves_and_greedy_rollouts_equal_the_cpus(qwen2, max_batch, temperature)
 
 @pytest.mark.parametrize("keys", [1, 15, 16, 40])
 def test_rows_of_a_mask_begin_where_a_gpus_attention_wants_them(keys):
-    mask = clipo.attention_mask(torch.arange(5)[None], torch.arange(keys)[None], None, torch.float32)
+    mask = fast.attention_mask(torch.arange(5)[None], torch.arange(keys)[None], None, torch.float32)
     assert mask.shape == (1, 1, 5, keys) and all(step % 16 == 0 for step in mask.stride()[:-1]) and mask.stride(-1) == 1
 
 
 def test_a_gpus_cache_and_its_used_part_are_multiples_of_16():
-    batch = clipo.Batch([[1, 2, 3]], torch.zeros(4).long(), 4, max_new_tokens=30, pace=clipo.PACE["cuda"])
+    batch = fast.Batch([[1, 2, 3]], torch.zeros(4).long(), 4, max_new_tokens=30, pace=fast.PACE["cuda"])
     batch.rows = 4
     assert batch.slots == 48 and batch.reach() == 48
 
@@ -56,7 +58,7 @@ def test_a_gpus_cache_and_its_used_part_are_multiples_of_16():
 def test_cudnn_does_not_attend(qwen2):
     """Its backward pass can give NaN with a mask (pytorch #196678)."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    with clipo.our_attention(qwen2):
+    with fast.our_attention(qwen2):
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
@@ -69,19 +71,19 @@ def test_cudnn_does_not_attend(qwen2):
 def trainer_on_gpu(**settings):
     model = make_model(CONFIGS["qwen2"]).cuda()
     chosen = {**SMALL, "max_new_tokens": 24, "compute_dtype": "float32", **settings}
-    return clipo.CLIPO(model, TOKENIZER, even, clipo.CLIPOConfig(**chosen))
+    return Trainer(model, TOKENIZER, even, CLIPOConfig(**chosen))
 
 
 def while_capturing(monkeypatch, what):
     """`what` happens in each decode step that is captured, and in no other."""
-    sample = clipo.sample
+    sample = fast.sample
 
     def sample_or(*arguments):
         if torch.cuda.is_current_stream_capturing():
             what()
         return sample(*arguments)
 
-    monkeypatch.setattr(clipo, "sample", sample_or)
+    monkeypatch.setattr(fast, "sample", sample_or)
 
 
 def wait():
@@ -101,20 +103,20 @@ def test_a_capture_that_fails_is_said_once_and_the_run_goes_on(qwen2, monkeypatc
     assert_same(on_cpu(got), expected)
     with warnings.catch_warnings(action="error"):
         assert_same(on_cpu(roll_out(model)), expected)
-    assert "cannot be captured" in clipo.captures_failed[model]
+    assert "cannot be captured" in fast.captures_failed[model]
 
 
 @needs_gpu
 def test_graphs_asked_for_by_name_fail_loudly(qwen2, monkeypatch):
     while_capturing(monkeypatch, wait)
-    with pytest.raises(clipo.CaptureFailed, match="cannot be captured as a CUDA graph"):
+    with pytest.raises(fast.CaptureFailed, match="cannot be captured as a CUDA graph"):
         roll_out(copy.deepcopy(qwen2).cuda(), cuda_graphs=True)
 
 
 @needs_gpu
 def test_memory_that_runs_out_in_a_capture_halves_the_batch(monkeypatch):
     t, failures = trainer_on_gpu(), []
-    sample = clipo.sample
+    sample = fast.sample
 
     def on_a_small_gpu(logits, *more):
         if torch.cuda.is_current_stream_capturing() and len(logits) > 4:
@@ -122,15 +124,15 @@ def test_memory_that_runs_out_in_a_capture_halves_the_batch(monkeypatch):
             run_out()
         return sample(logits, *more)
 
-    monkeypatch.setattr(clipo, "sample", on_a_small_gpu)
+    monkeypatch.setattr(fast, "sample", on_a_small_gpu)
     assert t.step(PROMPTS, ANSWERS)["skipped"] is None
-    assert failures and t.sizes["max_batch"] <= 4 and t.policy not in clipo.captures_failed
+    assert failures and t.sizes["max_batch"] <= 4 and t.policy not in fast.captures_failed
 
 
 @needs_gpu
 def test_only_what_comes_up_a_few_times_is_captured(qwen2, monkeypatch):
-    captured, capture = [], clipo.CapturedSteps.capture
-    monkeypatch.setattr(clipo.CapturedSteps, "capture", lambda self, kind: captured.append(kind) or capture(self, kind))
+    captured, capture = [], fast.CapturedSteps.capture
+    monkeypatch.setattr(fast.CapturedSteps, "capture", lambda self, kind: captured.append(kind) or capture(self, kind))
     roll_out(copy.deepcopy(qwen2).cuda(), max_new_tokens=3)
     assert not captured
     roll_out(copy.deepcopy(qwen2).cuda(), max_new_tokens=40)

@@ -5,7 +5,9 @@ import torch
 from conftest import CONFIGS, ROOT, make_model
 
 import clipo
-from lab import memory
+from config import CLIPOConfig
+from engine import memory
+from engine.update import response_logprobs
 from lab.bench import Load, Machine, lasting_bytes, make_trainer, some_rollouts
 
 CPU = torch.device("cpu")
@@ -23,12 +25,11 @@ def test_the_plan_is_within_15_percent_of_the_measured_peak(load, dtype, recompu
     t = make_trainer(machine, load, [1], recompute_activations=recompute, beta=0.001, micro_batch_tokens=512)
     prompts, rollouts = [[5] * 64] * load.P, some_rollouts(machine, load)
     rollouts.mask[:] = True  # as long as they may be
-    advantage = torch.randn(len(rollouts.group))
+    advantage = torch.randn(rollouts.mask.shape[:2])
     t.update(prompts, rollouts, advantage)  # the optimiser has its moments from here on
 
     def roll_out():
-        with t.mixed_precision():
-            t.roll_out(prompts, t.random(0))
+        t.roll_out_and_verify(prompts, [""] * len(prompts), t.random(0))
 
     measured = lasting_bytes(t) + max(
         memory.peak_bytes(roll_out, CPU), memory.peak_bytes(lambda: t.update(prompts, rollouts, advantage), CPU)
@@ -51,11 +52,11 @@ def test_peak_bytes_counts_what_lives_at_one_time():
 
 def test_recomputing_saves_memory():
     model = make_model(CONFIGS["qwen2"])
-    rollouts = clipo.Rollouts.blank(torch.zeros(8, dtype=torch.long), 100, 32, pad=1)
-    rollouts.mask[:] = True
+    tokens = torch.ones(1, 8, 100).long()
+    rollouts = clipo.Rollouts(tokens, tokens.bool(), torch.zeros(1, 8, 100), torch.zeros(1, 8, 32))
 
     def forward_and_backward(recompute):
-        return lambda: clipo.response_logprobs(model, [[3]], rollouts, recompute=recompute).sum().backward()
+        return lambda: response_logprobs(model, [[3]], rollouts, recompute=recompute).sum().backward()
 
     kept, again = (memory.peak_bytes(forward_and_backward(recompute), CPU) for recompute in (False, True))
     assert again < 0.7 * kept
@@ -65,7 +66,7 @@ def test_recomputing_saves_memory():
 def test_the_named_models_fit_their_cards(name):
     shape, card = memory.MODELS[name]
     model = memory.without_weights(memory.qwen_config(*shape))
-    config = clipo.CLIPOConfig(max_new_tokens=1024)
+    config = CLIPOConfig(max_new_tokens=1024)
     assert config.samples_per_prompt == 16
     config = memory.fitting(model, config, config.max_prompt_tokens, True, room=1e9 * card)
     plan = memory.memory_plan(model, config, config.max_prompt_tokens, bfloat16=True)
@@ -73,17 +74,19 @@ def test_the_named_models_fit_their_cards(name):
     billions = sum(p.numel() for p in model.parameters()) / 1e9
     parts = [sum(part.values()) for part in (plan.lasting, plan.rollouts, plan.update)]
     cells = " | ".join(f"{size / 1e9:.1f}" for size in parts)
-    assert f"| {name} | {card} GB | {plan.peak / 1e9:.1f} GB | {cells} |" in (ROOT / "README.md").read_text()
+    assert (
+        f"| {name} | {card} GB | {plan.peak / 1e9:.1f} GB | {cells} |" in (ROOT / "docs" / "real-models.md").read_text()
+    )
     assert billions == pytest.approx({24: 0.494, 48: 1.544, 80: 3.086}[card], abs=1e-3)  # as their model cards say
 
 
 @pytest.mark.parametrize("name, gigabytes, again", [("Qwen2.5-0.5B", 80, False), ("Qwen2.5-3B", 80, True)])
 def test_activations_are_computed_again_only_where_they_would_not_fit(name, gigabytes, again):
     model = memory.without_weights(memory.qwen_config(*memory.MODELS[name][0]))
-    config = clipo.CLIPOConfig(max_new_tokens=1024)
+    config = CLIPOConfig(max_new_tokens=1024)
     assert memory.fitting(model, config, 512, True, 1e9 * gigabytes).recompute_activations is again
     for chosen in (True, False):  # who asks is obeyed
-        asked = clipo.CLIPOConfig(recompute_activations=chosen)
+        asked = CLIPOConfig(recompute_activations=chosen)
         assert memory.fitting(model, asked, 512, True, 1e9 * gigabytes) == asked
 
 

@@ -12,7 +12,7 @@ import eval as evaluation
 import toy
 import train
 import tsne
-from lab import report
+from engine import report
 
 TRAIN = (
     "--model {model} --data {data} --prompts-per-step 2 --samples-per-prompt 2 --max-new-tokens 4 --steps 1 --out out"
@@ -149,7 +149,7 @@ TRAINING = [
     (with_options("--weight -0.1"), "--weight is -0.1; expected at least 0"),
     (with_options("--clip-low 2"), "--clip-low is 2.0; expected at most 1"),
     (with_options("--reward-floor 1"), "--reward-floor is 1.0; expected at most 0"),
-    (with_options("--contrastive-temperature 0"), "--contrastive-temperature is 0.0; expected more than 0"),
+    (with_options("--tau 0"), "--tau is 0.0; expected more than 0"),
     (with_options("--steps 0"), "--steps is 0; expected at least 1"),
     (with_options("--seed -1"), "--seed is -1; expected at least 0"),
     (with_options("--overlong-buffer 99"), "--overlong-buffer is 99; expected at most max_new_tokens, 4"),

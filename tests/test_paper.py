@@ -10,7 +10,7 @@ from conftest import ROOT
 
 import clipo
 import toy
-from clipo import INFORMATIVE, CLIPOConfig
+from config import INFORMATIVE, CLIPOConfig
 from lab import paper, runs
 from lab.runs import Run
 
@@ -67,34 +67,34 @@ def test_differences_are_paired_by_seed():
 
 
 def test_payments_by_hand():
-    """Two groups mixed in the batch; a third without unsound correct ones says nothing."""
-    group = torch.tensor([1, 0, 1, 0, 1, 0, 2, 2, 1])
-    correct = torch.tensor([1, 1, 1, 1, 0, 0, 1, 0, 1]).bool()
-    sound = torch.tensor([1, 1, 0, 0, 1, 0, 1, 0, 0]).bool()
-    rc = torch.tensor([0.4, 0.1, 0.1, 0.3, 0.0, 0.0, 0.9, 0.0, 0.3])
+    """Two mixed groups; a third without unsound correct ones says nothing."""
+    correct = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 1], [1, 0, 0, 0]]).bool()
+    sound = torch.tensor([[1, 0, 0, 0], [1, 0, 1, 0], [1, 0, 0, 0]]).bool()
+    rc = torch.tensor([[0.1, 0.3, 0.0, 0.0], [0.4, 0.1, 0.0, 0.3], [0.9, 0.0, 0.0, 0.0]])
     reward = correct + rc
-    got = runs.payments(rc, reward, correct, sound, group)
-    std = [torch.tensor(rs).std().item() for rs in ([1.1, 1.3, 0.0], [1.4, 1.1, 0.0, 1.3])]
+    got = runs.payments(rc, reward, correct, sound)
+    std = [torch.tensor(rs).std().item() for rs in ([1.1, 1.3, 0.0, 0.0], [1.4, 1.1, 0.0, 1.3])]
     assert got == [
         (pytest.approx(1 / 2), pytest.approx((0.1 - 0.3) / std[0], rel=1e-4)),
         (pytest.approx(1 / 3), pytest.approx((0.4 - 0.2) / std[1], rel=1e-4)),
     ]
-    advantage = clipo.group_advantages(reward, group)
-    in_advantages = advantage[0] - (advantage[2] + advantage[8]) / 2
-    assert got[1][1] == pytest.approx(in_advantages.item(), rel=1e-4)
+    advantage = clipo.group_advantages(reward)[1]
+    assert got[1][1] == pytest.approx((advantage[0] - (advantage[1] + advantage[3]) / 2).item(), rel=1e-4)
 
 
 def test_mean_cosine_against_a_loop():
     torch.manual_seed(0)
-    z = torch.nn.functional.normalize(torch.randn(12, 5), dim=-1)
-    correct, group = torch.rand(12) < 0.7, torch.randint(0, 3, (12,))
+    z = torch.nn.functional.normalize(torch.randn(4, 6, 5), dim=-1)
+    correct = torch.rand(4, 6) < 0.7
+    correct[3] = torch.arange(6) == 2  # one right rollout has no other
     per_group = []
-    for g in range(3):
-        rows = [i for i in range(12) if correct[i] and group[i] == g]
-        pairs = [float(z[i] @ z[j]) for i in rows for j in rows if i != j]
+    for g in range(4):
+        rows = [i for i in range(6) if correct[g, i]]
+        pairs = [float(z[g, i] @ z[g, j]) for i in rows for j in rows if i != j]
         per_group += [sum(pairs) / len(pairs)] if pairs else []
-    assert runs.mean_cosine(z, correct, group) == pytest.approx(sum(per_group) / len(per_group), rel=1e-4)
-    assert runs.mean_cosine(z, torch.zeros(12).bool(), group) is None
+    assert len(per_group) == 3
+    assert runs.mean_cosine(z, correct) == pytest.approx(sum(per_group) / len(per_group), rel=1e-4)
+    assert runs.mean_cosine(z, torch.zeros(4, 6).bool()) is None
 
 
 @pytest.fixture(scope="module")

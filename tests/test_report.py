@@ -11,8 +11,9 @@ import torch
 from conftest import PROMPTS, ROOT, make_model
 
 import train
-from clipo import CLIPO, CLIPOConfig
-from lab import report
+from config import CLIPOConfig
+from engine import report
+from engine.guard import Trainer
 from problems import Problem, UserError
 
 HOSTILE = "</script><img src=x onerror=\"window.hacked=1\"><!--<script>\u2028 & 'quoted' \U0001f600"
@@ -73,22 +74,24 @@ def test_logged_groups_hold_cosines_and_positives_of_the_step(kind):
 
     model = make_model_that_ends()
     config = CLIPOConfig(contrastive_kind=kind, head_warmup_steps=0, max_new_tokens=9, prompts_per_step=4, beta=0.0)
-    trainer = CLIPO(model, TOKENIZER, even, config)
+    trainer = Trainer(model, TOKENIZER, even, config)
     trainer.step(PROMPTS, ANSWERS)
-    scored, G = trainer.last, config.samples_per_prompt
-    rows = list(train.logged_groups(1, [Problem("q", a) for a in ANSWERS], scored, None, 3))
-    assert len(rows) == 3 and scored.anchors.any()
+    contrast, correct = trainer.last.contrast, trainer.last.correct
+    problems, one_drawn = [Problem("q", a) for a in ANSWERS], kind == "infonce"
+    rows = list(train.logged_groups(1, problems, trainer.last, None, 3, one_drawn))
+    assert len(rows) == 3 and contrast.pairs.anchor.any()
     for g, row in enumerate(rows):
-        z = scored.embedding[g * G : (g + 1) * G]
+        z = contrast.embedding[g]
         torch.testing.assert_close(torch.tensor(row["cosine"]), z @ z.T, atol=0.006, rtol=0)
         for i, rollout in enumerate(row["rollouts"]):
-            b = g * G + i
-            others = [j for j in range(G) if j != i and scored.correct[g * G + j]] if scored.anchors[b] else []
-            if kind == "infonce" and others:
-                assert rollout["positives"] == [int(scored.positive[b]) - g * G] and rollout["positives"][0] in others
+            anchor = contrast.pairs.anchor[g, i]
+            others = [j for j in range(len(z)) if j != i and correct[g, j]] if anchor else []
+            if one_drawn and others:
+                assert rollout["positives"] == contrast.pairs.target[g, i].nonzero()[:, 0].tolist()
+                assert len(rollout["positives"]) == 1 and rollout["positives"][0] in others
             else:
                 assert rollout["positives"] == others
-        assert row["all_positives"] == (kind == "decoupled")
+        assert row["all_positives"] == (not one_drawn)
 
 
 def make_model_that_ends():

@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
-from conftest import PROMPTS, SIZE
+from conftest import PROMPTS, SIZE, flat
 from scipy.stats import chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, LlamaConfig, MambaConfig, Qwen3NextConfig
 
-import clipo
+import engine.rollouts as fast
+import engine.update
+from engine.update import LOGITS_AT_ONCE, response_logprobs, token_logprobs
 from lab.bench import LargestTensor
 
 
@@ -26,7 +28,8 @@ def greedy_by_transformers(model, prompt, eos, length):
 
 
 def responses(rollouts):
-    return [row[keep].tolist() for row, keep in zip(rollouts.tokens, rollouts.mask, strict=True)]
+    rows = flat(rollouts)
+    return [row[keep].tolist() for row, keep in zip(rows.tokens, rows.mask, strict=True)]
 
 
 def often_chosen(model, count):
@@ -40,25 +43,25 @@ def test_greedy_equals_transformers(model, number_of_eos):
     eos = often_chosen(model, number_of_eos)
     expected = [greedy_by_transformers(model, p, eos, 30) for p in PROMPTS]
     assert len({len(e) for e in expected}) > 1, "the test needs rollouts of different length"
-    got = clipo.generate(
+    got = fast.generate(
         model, PROMPTS, samples_per_prompt=2, max_new_tokens=30, temperature=0,
         eos_token_id=eos[0] if number_of_eos == 1 else eos,
     )  # fmt: skip
     assert responses(got) == [e for e in expected for _ in range(2)]
-    assert got.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     # Right-padded: the mask is a run of True, then False.
-    assert all(row.tolist() == sorted(row.tolist(), reverse=True) for row in got.mask)
+    assert all(row.tolist() == sorted(row.tolist(), reverse=True) for row in flat(got).mask)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_and_hidden_equal_a_full_forward_pass(model, temperature):
-    got = clipo.generate(
+    got = fast.generate(
         model, PROMPTS, samples_per_prompt=5, max_new_tokens=20, temperature=temperature,
         eos_token_id=often_chosen(model, 3), generator=torch.Generator().manual_seed(3),
     )  # fmt: skip
     lengths = got.mask.sum(-1)
     assert lengths.min() < lengths.max()
-    for b, response in enumerate(responses(got)):
+    all_responses, got = responses(got), flat(got)
+    for b, response in enumerate(all_responses):
         prompt = PROMPTS[got.group[b]]
         with torch.no_grad():
             out = model(input_ids=torch.tensor([prompt + response]), output_hidden_states=True)
@@ -73,23 +76,25 @@ def test_logprobs_and_hidden_equal_a_full_forward_pass(model, temperature):
         torch.testing.assert_close(got.hidden[b], fed_back.mean(0), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("at_once", [clipo.LOGITS_AT_ONCE, 7 * 50])  # all tokens, or chunks of seven
+@pytest.mark.parametrize("at_once", [LOGITS_AT_ONCE, 7 * 50])  # all tokens, or chunks of seven
 def test_response_logprobs_and_their_gradient_equal_a_plain_computation(model, at_once, monkeypatch):
-    monkeypatch.setattr(clipo, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(engine.update, "LOGITS_AT_ONCE", at_once)
     model = copy.deepcopy(model)
-    rollouts = clipo.generate(
+    rollouts = fast.generate(
         model, PROMPTS, samples_per_prompt=2, max_new_tokens=12, eos_token_id=often_chosen(model, 3),
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    got = clipo.response_logprobs(model, PROMPTS, rollouts, temperature=0.9)
+    got = response_logprobs(model, PROMPTS, rollouts, temperature=0.9)
     torch.testing.assert_close(got.sum(), got[rollouts.mask].sum())
     weights = torch.randn(got.shape, generator=torch.Generator().manual_seed(1)) * rollouts.mask
     (got * weights).sum().backward()
     gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
 
     model.zero_grad()
+    got = got.flatten(0, 1).detach()
+    weights = weights.flatten(0, 1)
     for b, response in enumerate(responses(rollouts)):  # one by one, no padding, no cache
-        prompt = PROMPTS[rollouts.group[b]]
+        prompt = PROMPTS[b // 2]
         logprobs = (model(input_ids=torch.tensor([prompt + response])).logits[0] / 0.9).log_softmax(-1)
         expected = torch.stack([logprobs[len(prompt) - 1 + t, token] for t, token in enumerate(response)])
         torch.testing.assert_close(got[b, : len(response)], expected, atol=1e-4, rtol=1e-4)
@@ -99,16 +104,16 @@ def test_response_logprobs_and_their_gradient_equal_a_plain_computation(model, a
 
 
 def test_all_logits_never_exist_at_once(qwen2, monkeypatch):
-    monkeypatch.setattr(clipo, "LOGITS_AT_ONCE", 7 * 50)
+    monkeypatch.setattr(engine.update, "LOGITS_AT_ONCE", 7 * 50)
     states = torch.randn(400, 32, requires_grad=True)
     with LargestTensor() as largest:
-        clipo.token_logprobs(qwen2, states, torch.arange(400) % 50, 1.0).sum().backward()
+        token_logprobs(qwen2, states, torch.arange(400) % 50, 1.0).sum().backward()
     assert states.grad.abs().sum() > 0 and largest.elements == 400 * 32  # the states, not 400 * 50 logits
 
 
 def test_same_seed_same_rollouts_and_others_do_not_matter(model):
     def sample(prompts, seed):
-        rollouts = clipo.generate(
+        rollouts = fast.generate(
             model, prompts, samples_per_prompt=4, max_new_tokens=16, eos_token_id=often_chosen(model, 2),
             generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
@@ -133,11 +138,11 @@ def test_sampled_frequencies_follow_the_softmax(qwen2, top_k, top_p):
     expected = torch.zeros_like(probs)
     expected[kept] = count * probs[kept] / probs[kept].sum()
     assert len(kept) > 5 and expected[kept].min() > 5  # the test's approximation needs that many
-    got = clipo.generate(
+    got = fast.generate(
         qwen2, [prompt], samples_per_prompt=count, max_new_tokens=1, eos_token_id=1, temperature=temperature,
         top_k=top_k, top_p=top_p, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    observed = got.tokens[:, 0].bincount(minlength=len(probs))
+    observed = got.tokens.flatten().bincount(minlength=len(probs))
     assert observed.sum() == observed[kept].sum()
     assert chisquare(observed[kept].numpy(), expected[kept].numpy()).pvalue > 0.001
 
@@ -147,7 +152,7 @@ def test_top_k_and_top_p_cut_as_defined():
     uniform = torch.linspace(0, 0.999, 200)
 
     def reached(top_k, top_p):
-        tokens, logprobs = clipo.sample(logits.expand(200, -1), uniform, 1.0, top_k, top_p)
+        tokens, logprobs = fast.sample(logits.expand(200, -1), uniform, 1.0, top_k, top_p)
         torch.testing.assert_close(logprobs, logits[0][tokens])  # of the policy, not of what was left of it
         return sorted(set(tokens.tolist()))
 
@@ -170,27 +175,27 @@ def test_sampling_reads_the_vocabulary_no_more_often_than_it_must(temperature, t
             return result
 
     with Counter():
-        clipo.sample(logits, torch.rand(3), temperature, 0, 1.0)
+        fast.sample(logits, torch.rand(3), temperature, 0, 1.0)
     assert len(made) == tables, made  # probabilities; their sums; the logits divided
 
 
 def test_a_token_of_probability_zero_is_never_drawn():
     logits = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, -1)
     nearly_one = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
-    tokens, _ = clipo.sample(logits, torch.tensor([0.0, 0.5, nearly_one]), 1.0, 0, 1.0)
+    tokens, _ = fast.sample(logits, torch.tensor([0.0, 0.5, nearly_one]), 1.0, 0, 1.0)
     assert tokens.tolist() == [0, 2, 2]
 
 
 def test_one_token_responses(qwen2):
     first = [greedy_by_transformers(qwen2, p, [49], 1)[0] for p in PROMPTS]
-    cut = clipo.generate(qwen2, PROMPTS, samples_per_prompt=1, max_new_tokens=1, eos_token_id=49, temperature=0)
-    ended = clipo.generate(qwen2, PROMPTS, samples_per_prompt=1, max_new_tokens=9, eos_token_id=first, temperature=0)
+    cut = fast.generate(qwen2, PROMPTS, samples_per_prompt=1, max_new_tokens=1, eos_token_id=49, temperature=0)
+    ended = fast.generate(qwen2, PROMPTS, samples_per_prompt=1, max_new_tokens=9, eos_token_id=first, temperature=0)
     for rollouts in (cut, ended):
         assert responses(rollouts) == [[t] for t in first]
         for b, prompt in enumerate(PROMPTS):  # the state that the token was sampled from
             with torch.no_grad():
                 states = qwen2.model(input_ids=torch.tensor([prompt])).last_hidden_state
-            torch.testing.assert_close(rollouts.hidden[b], states[0, -1], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(rollouts.hidden[b, 0], states[0, -1], atol=1e-4, rtol=1e-4)
 
 
 REFUSED = {
@@ -212,7 +217,7 @@ def test_a_model_that_the_cache_cannot_serve_is_refused(name):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(REFUSED[name])
     with pytest.raises((ValueError, NotImplementedError), match="cannot be served by KVCache"):
-        clipo.generate(model, PROMPTS, samples_per_prompt=1, max_new_tokens=2, eos_token_id=1)
+        fast.generate(model, PROMPTS, samples_per_prompt=1, max_new_tokens=2, eos_token_id=1)
 
 
 @pytest.mark.parametrize(
@@ -234,16 +239,16 @@ def test_a_model_that_the_cache_cannot_serve_is_refused(name):
 def test_arguments_out_of_range(qwen2, wrong, message):
     right = dict(prompts=PROMPTS, samples_per_prompt=1, max_new_tokens=2, eos_token_id=1)
     with pytest.raises(ValueError, match=message):
-        clipo.generate(qwen2, **{**right, **wrong})
+        fast.generate(qwen2, **{**right, **wrong})
 
 
 def test_rollouts_under_bfloat16_autocast_are_close(qwen2):
     with torch.autocast("cpu", torch.bfloat16):
-        got = clipo.generate(
+        got = fast.generate(
             qwen2, PROMPTS, samples_per_prompt=3, max_new_tokens=8, eos_token_id=1,
             generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
     assert got.logprobs.dtype == got.hidden.dtype == torch.float32
     with torch.no_grad():
-        exact = clipo.response_logprobs(qwen2, PROMPTS, got)
+        exact = response_logprobs(qwen2, PROMPTS, got)
     assert (got.logprobs - exact).abs().mean() < 0.2

@@ -17,9 +17,13 @@ from test_step import ANSWERS, even, same, trainer, weights
 
 import checkpoint
 import clipo
+import engine.guard as guard
+import engine.rollouts as fast
+import engine.update as update
 import toy
 import train
-from clipo import CLIPO, CLIPOConfig
+from config import CLIPOConfig
+from engine.guard import OutOfMemory, Trainer
 from problems import UserError
 
 TINY_RUN = (
@@ -38,7 +42,7 @@ def toy_trainer(seed=0):
     config = CLIPOConfig(
         seed=seed, prompts_per_step=4, samples_per_prompt=4, max_new_tokens=6, head_warmup_steps=0, beta=0.0, lr=1e-3
     )
-    return CLIPO(toy.make_model("tiny", tokenizer, seed), tokenizer, even, config)
+    return Trainer(toy.make_model("tiny", tokenizer, seed), tokenizer, even, config)
 
 
 def everything(t):
@@ -261,16 +265,17 @@ def test_code_that_lies_beside_a_model_is_not_run(finished, tmp_path, capsys):
 def break_number(t, monkeypatch, where, value):
     """Put NaN or infinity into one place of the next step."""
     if where == "rollout":
-        output_logits = clipo.output_logits
-        monkeypatch.setattr(clipo, "output_logits", lambda *a: output_logits(*a).index_fill(-1, torch.tensor(5), value))
+        output_logits = fast.output_logits
+        monkeypatch.setattr(fast, "output_logits", lambda *a: output_logits(*a).index_fill(-1, torch.tensor(5), value))
     elif where in ("contrastive_loss", "policy_loss"):
-        function = getattr(clipo, where)
+        part = {"contrastive_loss": "loss", "policy_loss": "policy_gradient"}[where]
+        function = getattr(t.unguarded, part)
 
         def broken(*arguments, **options):
-            loss, more = function(*arguments, **options)
-            return loss * torch.tensor([1.0, value]).max().nan_to_num(0) + value, more
+            found = function(*arguments, **options)
+            return {**found, "policy_loss": value} if part == "policy_gradient" else found + value
 
-        monkeypatch.setattr(clipo, where, broken)
+        monkeypatch.setattr(t.unguarded, part, broken)
     else:
         parameter = next((t.head if where == "gradient of the head" else t.policy).parameters())
         handle = parameter.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor(0), value))
@@ -310,14 +315,14 @@ def test_a_broken_number_never_reaches_a_weight(monkeypatch, where, phase, value
 
 
 def test_three_broken_steps_in_a_row_end_the_run_with_its_state_saved(tmp_path, monkeypatch, capsys):
-    out, policy_loss, seen = tmp_path / "run", clipo.policy_loss, []
+    out, gradient, seen = tmp_path / "run", clipo.policy_gradient, []
 
     def sometimes_broken(*arguments, **options):
-        loss, stats = policy_loss(*arguments, **options)
-        seen.append(loss)
-        return (loss * float("nan") if len(seen) in (2, 4, 5, 6) else loss), stats
+        found = gradient(*arguments, **options)
+        seen.append(found)
+        return {**found, "policy_loss": float("nan")} if len(seen) in (2, 4, 5, 6) else found
 
-    monkeypatch.setattr(clipo, "policy_loss", sometimes_broken)
+    monkeypatch.setattr(clipo, "policy_gradient", sometimes_broken)
     assert train.main([*TINY_RUN, "--steps", "9", "--out", str(out)]) == 1
     said = capsys.readouterr()
     assert "3 steps in a row were skipped, the last for its update; saved after step 7; to go on: python" in said.out
@@ -337,8 +342,8 @@ def test_three_broken_steps_in_a_row_end_the_run_with_its_state_saved(tmp_path, 
 def test_it_is_told_when_memory_runs_out():
     with pytest.raises(RuntimeError) as real:
         torch.empty(2**60)
-    assert clipo.ran_out_of_memory(real.value) and clipo.ran_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert not clipo.ran_out_of_memory(RuntimeError("shapes do not match"))
+    assert fast.ran_out_of_memory(real.value) and fast.ran_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not fast.ran_out_of_memory(RuntimeError("shapes do not match"))
 
 
 @pytest.mark.parametrize(
@@ -358,22 +363,24 @@ def test_it_is_told_in_a_capture_and_of_a_gpus_libraries_too(first, then):
                 raise
             raise RuntimeError(then)  # noqa: B904, as torch.cuda.graph does where it ends
     except RuntimeError as error:
-        assert clipo.ran_out_of_memory(error)
+        assert fast.ran_out_of_memory(error)
 
 
 def test_with_less_memory_the_update_is_cut_finer_and_stays_the_same(monkeypatch):
     plenty, little = trainer(lr=1e-3), trainer(lr=1e-3)
+    for t in (plenty, little):
+        t.policy.double()  # (AdamW makes a whole step of a gradient that is all rounding)
     plenty.step(PROMPTS, ANSWERS)
-    response_logprobs, failures = clipo.response_logprobs, []
+    row_logprobs, failures = update.row_logprobs, []
 
-    def on_a_small_machine(model, prompts, rollouts, **options):
-        asked = [len(prompts[g]) - 1 for g in rollouts.group.unique().tolist()]  # each is computed once
-        if rollouts.tokens.numel() + len(asked) * max(asked) > 24:
-            failures.append(rollouts.tokens.numel())
+    def on_a_small_machine(model, prompts, origin, tokens, *more):
+        asked = [len(prompts[p]) - 1 for p in origin.unique().tolist()]  # each is computed once
+        if tokens.numel() + len(asked) * max(asked) > 24:
+            failures.append(tokens.numel())
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
-        return response_logprobs(model, prompts, rollouts, **options)
+        return row_logprobs(model, prompts, origin, tokens, *more)
 
-    monkeypatch.setattr(clipo, "response_logprobs", on_a_small_machine)
+    monkeypatch.setattr(update, "row_logprobs", on_a_small_machine)
     assert little.step(PROMPTS, ANSWERS)["skipped"] is None
     assert failures and little.sizes["micro_batch_tokens"] <= 24
     torch.testing.assert_close(weights(little.policy), weights(plenty.policy), rtol=1e-4, atol=1e-6)
@@ -385,7 +392,7 @@ def test_with_less_memory_the_update_is_cut_finer_and_stays_the_same(monkeypatch
 def test_with_less_memory_rollouts_run_in_waves_and_stay_the_same(monkeypatch):
     plenty, little = trainer(), trainer()
     plenty.step(PROMPTS, ANSWERS)
-    cache, rows = clipo.KVCache, []
+    cache, rows = fast.KVCache, []
 
     def on_a_small_machine(count, slots):
         rows.append(count)
@@ -395,41 +402,41 @@ def test_with_less_memory_rollouts_run_in_waves_and_stay_the_same(monkeypatch):
             )
         return cache(count, slots)
 
-    monkeypatch.setattr(clipo, "KVCache", on_a_small_machine)
+    monkeypatch.setattr(fast, "KVCache", on_a_small_machine)
     little.step(PROMPTS, ANSWERS)
     assert little.sizes["max_batch"] <= 4
-    for name in ("tokens", "mask", "logprobs", "hidden"):
-        torch.testing.assert_close(getattr(little.last.rollouts, name), getattr(plenty.last.rollouts, name))
+    for ours, theirs in zip(little.last.rollouts, plenty.last.rollouts, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(
     "room, said", [(14, "one of up to 4 would"), (10, "nor does one of a single token")]
 )  # slots; the prompt takes 10
 def test_a_rollout_that_cannot_fit_ends_with_the_number_that_would(monkeypatch, room, said):
-    t, cache = trainer(max_new_tokens=9), clipo.KVCache
+    t, cache = trainer(max_new_tokens=9), fast.KVCache
 
     def on_a_small_machine(rows, slots):
         if slots > room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
         return cache(rows, slots)
 
-    monkeypatch.setattr(clipo, "KVCache", on_a_small_machine)
-    with pytest.raises(clipo.OutOfMemory, match=f"a rollout of up to 9 tokens does not fit, {said}"):
+    monkeypatch.setattr(fast, "KVCache", on_a_small_machine)
+    with pytest.raises(OutOfMemory, match=f"a rollout of up to 9 tokens does not fit, {said}"):
         t.step(PROMPTS, ANSWERS)
     assert t.sizes["max_batch"] == 1
 
 
 def test_an_update_that_cannot_fit_ends_with_the_number_that_would(monkeypatch):
-    t, response_logprobs = trainer(max_new_tokens=9), clipo.response_logprobs
+    t, row_logprobs = trainer(max_new_tokens=9), update.row_logprobs
 
-    def on_a_small_machine(model, prompts, rollouts, **options):
-        if rollouts.tokens.numel() > 3:
+    def on_a_small_machine(model, prompts, origin, tokens, *more):
+        if tokens.numel() > 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
-        return response_logprobs(model, prompts, rollouts, **options)
+        return row_logprobs(model, prompts, origin, tokens, *more)
 
-    monkeypatch.setattr(clipo, "response_logprobs", on_a_small_machine)
+    monkeypatch.setattr(update, "row_logprobs", on_a_small_machine)
     before = weights(t.policy)
-    with pytest.raises(clipo.OutOfMemory, match="a rollout of up to 9 tokens does not fit, one of up to 2 would"):
+    with pytest.raises(OutOfMemory, match="a rollout of up to 9 tokens does not fit, one of up to 2 would"):
         t.step(PROMPTS, ANSWERS)
     assert same(before, weights(t.policy))
 
@@ -438,9 +445,11 @@ def test_what_cannot_fit_ends_with_one_line(tmp_path, monkeypatch, capsys):
     def too_little(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has ...")
 
-    monkeypatch.setattr(clipo, "KVCache", too_little)
-    monkeypatch.setattr(clipo, "check_model", lambda model: None)
-    assert train.main([*TINY_RUN, "--steps", "2", "--out", str(tmp_path / "run")]) == 2
+    monkeypatch.setattr(fast, "KVCache", too_little)
+    for module in (fast, guard):
+        monkeypatch.setattr(module, "check_model", lambda model: None)
+    run = [*TINY_RUN, "--engine", "fast", "--steps", "2", "--out", str(tmp_path / "run")]
+    assert train.main(run) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == (
         "error: out of memory: a rollout of up to 8 tokens does not fit, nor does one of a single token; expected a "

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+import clipo
 import toy
 from problems import is_correct
 from toy import LEVELS, Demonstrator, Story, World, is_sound, make_story, stories, write
@@ -126,10 +127,10 @@ def test_evaluation_counts(monkeypatch):
 
     def copy_the_friend(model, prompts, **options):
         texts = [f"#### {tokenizer.decode(p).split()[-1]}" for p in prompts]
-        tokens = torch.tensor([tokenizer(t)["input_ids"] for t in texts])
-        return toy.clipo.Rollouts(tokens, tokens > 0, tokens.float(), tokens.float(), torch.arange(len(texts)))
+        tokens = torch.tensor([[tokenizer(t)["input_ids"]] for t in texts])  # (P, 1, T)
+        return clipo.Rollouts(tokens, tokens > 0, tokens.float(), tokens.float())
 
-    monkeypatch.setattr(toy.clipo, "generate", copy_the_friend)
+    monkeypatch.setattr(toy, "generate", copy_the_friend)
     for name, metrics in toy.evaluate(None, tokenizer, count=50).items():
         test = stories(f"test {name} 0", LEVELS[name], 50)
         right = sum(s.friend == int(s.answer) for s in test)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CONFIGS, PROMPTS, ROOT, make_model
+from conftest import CONFIGS, PROMPTS, ROOT, flat, make_model
 from test_papers_models import MODELS, make_checkpoint
 
 import checkpoint
@@ -17,6 +17,8 @@ import clipo
 import eval as evaluation
 import problems
 import tsne
+from config import CLIPOConfig
+from engine.rollouts import generate
 
 if not all(map(importlib.util.find_spec, ("trl", "accelerate"))):
     pytest.skip("TRL is not installed (lab/requirements.txt)", allow_module_level=True)
@@ -35,7 +37,7 @@ def verdicts(completion_ids, **_):
 
 @pytest.fixture
 def rollouts(qwen2):
-    return clipo.generate(
+    return generate(
         qwen2, PROMPTS, samples_per_prompt=4, max_new_tokens=8, eos_token_id=list(range(1, 12)),
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
@@ -57,41 +59,42 @@ def attached(model, config):
 
 
 def called(reward, rollouts):
-    ids = [row[keep].tolist() for row, keep in zip(rollouts.tokens, rollouts.mask, strict=True)]
-    prompts = [json.dumps(PROMPTS[g]) for g in rollouts.group.tolist()]
+    rows = flat(rollouts)
+    ids = [row[keep].tolist() for row, keep in zip(rows.tokens, rows.mask, strict=True)]
+    prompts = [json.dumps(PROMPTS[g]) for g in rows.group.tolist()]
     return reward(prompts=prompts, completions=[""] * len(ids), completion_ids=ids), ids
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama-3-rope", "gemma2"])
 def test_it_embeds_as_the_rollout_loop_does(name):
     model = make_model(CONFIGS[name])
-    rollouts = clipo.generate(
+    rollouts = generate(
         model, PROMPTS, samples_per_prompt=4, max_new_tokens=8, eos_token_id=list(range(1, 20)),
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     assert rollouts.mask.sum(-1).min() == 1 and rollouts.mask.sum(-1).max() > 2
-    reward = attached(model, clipo.CLIPOConfig())
-    ids = [row[keep].tolist() for row, keep in zip(rollouts.tokens, rollouts.mask, strict=True)]
-    hidden = reward.embed([PROMPTS[g] for g in rollouts.group.tolist()], ids)
-    torch.testing.assert_close(hidden, rollouts.hidden, atol=1e-4, rtol=1e-4)
+    reward = attached(model, CLIPOConfig())
+    rows = flat(rollouts)
+    ids = [row[keep].tolist() for row, keep in zip(rows.tokens, rows.mask, strict=True)]
+    hidden = reward.embed([PROMPTS[g] for g in rows.group.tolist()], ids)
+    torch.testing.assert_close(hidden, rows.hidden, atol=1e-4, rtol=1e-4)
     assert model.training  # as it was
 
 
 def test_it_pays_what_a_step_of_clipo_pays(qwen2, rollouts):
-    config = clipo.CLIPOConfig(head_warmup_steps=0, samples_per_prompt=4)
+    config = CLIPOConfig(head_warmup_steps=0, samples_per_prompt=4)
     reward, half = attached(qwen2, config), clipo.Contrast(32, CPU, config)
     for _ in range(3):  # the head learns in between
         got, ids = called(reward, rollouts)
         correct = torch.tensor(verdicts(ids)).bool()
-        _, loss, anchors, *_ = half.contrast(rollouts.hidden, correct, rollouts.group)
-        expected = half.reward_agreement(loss, anchors, correct, rollouts.group)
+        found = half.contrast(rollouts.hidden, correct.view(-1, 4))
         half.steps_done += 1
-        assert anchors.any() and not anchors.all()
-        torch.testing.assert_close(torch.tensor(got), expected, atol=1e-4, rtol=1e-4)
+        assert found.pairs.anchor.any() and not found.pairs.anchor.all()
+        torch.testing.assert_close(torch.tensor(got), found.reward.flatten(), atol=1e-4, rtol=1e-4)
 
 
 def test_warm_up_pays_nothing_and_evaluation_has_no_opinion(qwen2, rollouts):
-    reward = attached(qwen2, clipo.CLIPOConfig(head_warmup_steps=2))
+    reward = attached(qwen2, CLIPOConfig(head_warmup_steps=2))
     before = reward.half.head.layers[0].weight.clone()
     paid = [sum(map(abs, called(reward, rollouts)[0])) for _ in range(3)]
     assert paid[:2] == [0, 0] and paid[2] > 0
@@ -99,11 +102,11 @@ def test_warm_up_pays_nothing_and_evaluation_has_no_opinion(qwen2, rollouts):
     reward.trainer.model.eval()
     assert called(reward, rollouts)[0] == [None] * 16 and reward.half.steps_done == 3
     with pytest.raises(ValueError, match=r"has no trainer; expected reward\.attach"):
-        ContrastiveReward(verdicts, clipo.CLIPOConfig())(prompts=[], completions=[], completion_ids=[])
+        ContrastiveReward(verdicts, CLIPOConfig())(prompts=[], completions=[], completion_ids=[])
 
 
 def test_saved_and_read_again_it_goes_on_as_before(qwen2, rollouts, tmp_path):
-    config = clipo.CLIPOConfig(head_warmup_steps=0)
+    config = CLIPOConfig(head_warmup_steps=0)
     whole, first, second = (attached(qwen2, config) for _ in range(3))
     for reward in (whole, first):
         called(reward, rollouts)

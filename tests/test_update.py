@@ -7,10 +7,15 @@ import importlib.util
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, PROMPTS, make_model
+from conftest import CONFIGS, PROMPTS, flat, make_model
 from test_step import ANSWERS, TOKENIZER, same, trainer, weights
 
 import clipo
+import engine.rollouts as fast
+import engine.update as update
+import variants
+from config import POLICY_LOSSES, CLIPOConfig
+from engine.guard import Trainer
 
 FORMS = {  # ours: TRL's names for the same. (It averages the KL as it does the surrogate, we always over tokens.)
     "grpo": dict(loss_type="bnpo", beta=0.1),
@@ -28,6 +33,15 @@ def off_policy(kind="grpo", **settings):
     return t, rollouts, t.last.advantage
 
 
+AVERAGED = {"grpo": "tokens", "dr_grpo": "places", "dapo": "tokens", "gspo": "responses", "gmpo": "responses"}
+
+
+def micro_batched_gradient(t, rollouts, advantage, budget):
+    """The trainer's own gradient, without its guard."""
+    models = t.policy, t.reference
+    return t.unguarded.policy_gradient(*models, PROMPTS, rollouts, advantage, t.config, micro_batch_tokens=budget)
+
+
 def gradient(t):
     return {name: p.grad.double().clone() for name, p in t.policy.named_parameters()}
 
@@ -35,17 +49,18 @@ def gradient(t):
 def plain_float64(t, kind, rollouts, advantage):
     """Loss and gradient as the formulas say, a response at a time, without prompts shared, padding or a mask."""
     policy, reference = copy.deepcopy(t.policy).double(), copy.deepcopy(t.reference).double()
-    form, tokens, count = clipo.POLICY_LOSSES[kind], int(rollouts.mask.sum()), len(advantage)
+    form, tokens, count = variants.POLICY_LOSSES[kind], int(rollouts.mask.sum()), advantage.numel()
+    rows, averaged_over = flat(rollouts), AVERAGED[kind]
     loss = 0.0
     for b in range(count):
-        prompt, response = PROMPTS[rollouts.group[b]], rollouts.tokens[b][rollouts.mask[b]]
+        prompt, response = PROMPTS[rows.group[b]], rows.tokens[b][rows.mask[b]]
         ids = torch.tensor([[*prompt, *response.tolist()]])
 
         def of(model, ids=ids, prompt=prompt, response=response):
             logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].double()
             return logits.log_softmax(-1)[torch.arange(len(response)), response]
 
-        now, old, A = of(policy), rollouts.logprobs[b, : len(response)].double(), advantage[b].double()
+        now, old, A = of(policy), rows.logprobs[b, : len(response)].double(), advantage.flatten()[b].double()
         ratio = (now - old).exp()
         if kind == "gspo":
             ratio = (now - old).mean().exp().expand(len(response))
@@ -58,19 +73,19 @@ def plain_float64(t, kind, rollouts, advantage):
         with torch.no_grad():
             frozen = of(reference)
         kl = (frozen - now).exp() - (frozen - now) - 1
-        loss = loss - share[form.mean_over] * surrogate.sum() + 0.1 * kl.sum() / tokens
+        loss = loss - share[averaged_over] * surrogate.sum() + 0.1 * kl.sum() / tokens
     loss.backward()
     return loss.item(), {name: p.grad for name, p in policy.named_parameters()}
 
 
 @pytest.mark.parametrize("budget", [1000, 25])  # one micro-batch, and many
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("kind", list(clipo.POLICY_LOSSES))
+@pytest.mark.parametrize("kind", POLICY_LOSSES)
 def test_loss_and_gradient_equal_a_plain_float64_computation(kind, recompute, budget):
     t, rollouts, advantage = off_policy(kind, recompute_activations=recompute)
     expected_loss, expected = plain_float64(t, kind, rollouts, advantage)
     t.policy.double(), t.reference.double()
-    totals = t.gather_gradient(PROMPTS, rollouts, advantage, budget)
+    totals = micro_batched_gradient(t, rollouts, advantage, budget)
     assert totals["clip_fraction"] > 0, "the test needs tokens that are clipped"
     assert totals["policy_loss"] == pytest.approx(expected_loss, abs=1e-6)
     for name, got in gradient(t).items():
@@ -84,7 +99,8 @@ def test_the_loss_and_its_gradient_equal_trls(kind, tmp_path):
     from trl import GRPOConfig, GRPOTrainer
 
     t, rollouts, advantage = off_policy(kind, beta=FORMS[kind]["beta"])
-    totals = t.gather_gradient(PROMPTS, rollouts, advantage, 25)
+    totals = micro_batched_gradient(t, rollouts, advantage, 25)
+    rows = flat(rollouts)
     (start := make_model(CONFIGS["qwen2"])).save_pretrained(tmp_path / "start")  # TRL opens its reference by name
     policy = copy.deepcopy(t.policy)
     policy.config._name_or_path = str(tmp_path / "start")
@@ -101,19 +117,19 @@ def test_the_loss_and_its_gradient_equal_trls(kind, tmp_path):
     )  # fmt: skip
     theirs.current_gradient_accumulation_steps = 1  # which its training loop would have set
     longest = max(map(len, PROMPTS))
-    rows = [PROMPTS[g] for g in rollouts.group.tolist()]
+    asked = [PROMPTS[g] for g in rows.group.tolist()]
     with torch.no_grad():
-        reference = clipo.response_logprobs(start, PROMPTS, rollouts)
+        reference = update.response_logprobs(start, PROMPTS, rollouts)
     loss = theirs.compute_loss(
         policy.train(),
         {
-            "prompt_ids": torch.tensor([[0] * (longest - len(p)) + p for p in rows]),
-            "prompt_mask": torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in rows]),
-            "completion_ids": rollouts.tokens,
-            "completion_mask": rollouts.mask.long(),
-            "advantages": advantage,
-            "old_per_token_logps": rollouts.logprobs,
-            "ref_per_token_logps": reference,
+            "prompt_ids": torch.tensor([[0] * (longest - len(p)) + p for p in asked]),
+            "prompt_mask": torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in asked]),
+            "completion_ids": rows.tokens,
+            "completion_mask": rows.mask.long(),
+            "advantages": advantage.flatten(),
+            "old_per_token_logps": rows.logprobs,
+            "ref_per_token_logps": reference.flatten(0, 1),
         },
     )
     policy.zero_grad()
@@ -128,11 +144,11 @@ def test_recomputed_activations_change_no_bit(name):
     gradients = []
     for recompute in (False, True):
         model = make_model(CONFIGS[name])
-        rollouts = clipo.generate(
+        rollouts = fast.generate(
             model, PROMPTS, samples_per_prompt=3, max_new_tokens=9, eos_token_id=[1, 2, 3],
             generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
-        clipo.response_logprobs(model, PROMPTS, rollouts, recompute=recompute).square().sum().backward()
+        update.response_logprobs(model, PROMPTS, rollouts, recompute=recompute).square().sum().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
         assert not any("forward" in vars(module) for module in model.modules())  # nothing of it stays
     assert len(gradients[0]) > 10 and same(*gradients)
@@ -140,15 +156,15 @@ def test_recomputed_activations_change_no_bit(name):
 
 def test_recomputed_layers_attend_as_they_did(qwen2, monkeypatch):
     """The backward pass runs after `our_attention` has ended; the layers that run again in it must not notice."""
-    calls, real = [], clipo.cached_attention
+    calls, real = [], fast.cached_attention
 
     def watched(*given, **named):
         calls.append(given[1].shape)
         return real(*given, **named)
 
-    rollouts = clipo.generate(qwen2, PROMPTS, samples_per_prompt=3, max_new_tokens=9, eos_token_id=[1, 2, 3])
+    rollouts = fast.generate(qwen2, PROMPTS, samples_per_prompt=3, max_new_tokens=9, eos_token_id=[1, 2, 3])
     monkeypatch.setitem(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS, "clipo", watched)
-    logprobs = clipo.response_logprobs(qwen2, PROMPTS, rollouts, recompute=True)
+    logprobs = update.response_logprobs(qwen2, PROMPTS, rollouts, recompute=True)
     forward = list(calls)
     logprobs.sum().backward()
     qwen2.zero_grad()
@@ -158,7 +174,7 @@ def test_recomputed_layers_attend_as_they_did(qwen2, monkeypatch):
 def test_in_bfloat16_every_mini_batch_sees_the_weights_that_the_one_before_left(monkeypatch):
     """Autocast keeps its bfloat16 copies as long as its context lasts; a step of the optimiser inside is not seen."""
     t = trainer(compute_dtype="bfloat16", mini_batch_prompts=2, lr=0.01)
-    seen, real = [], clipo.response_logprobs
+    seen, real = [], update.row_logprobs
 
     def watched(model, *given, **chosen):
         got = real(model, *given, **chosen)
@@ -166,7 +182,7 @@ def test_in_bfloat16_every_mini_batch_sees_the_weights_that_the_one_before_left(
             seen.append((got.detach(), real(copy.deepcopy(model), *given, **chosen)))
         return got
 
-    monkeypatch.setattr(clipo, "response_logprobs", watched)
+    monkeypatch.setattr(update, "row_logprobs", watched)
     t.step(PROMPTS, ANSWERS)
     assert len(seen) == 2
     for got, expected in seen:
@@ -197,7 +213,7 @@ def test_it_learns_in_both(dtype):
 
 def test_the_cache_is_freed_before_the_update(monkeypatch):
     def caches():
-        return sum(type(thing) is clipo.KVCache for thing in gc.get_objects())
+        return sum(type(thing) is fast.KVCache for thing in gc.get_objects())
 
     t, alive, real = trainer(), [], clipo.CLIPO.update
     gc.collect()
@@ -219,16 +235,16 @@ def test_the_cache_is_freed_before_the_update(monkeypatch):
 def test_no_micro_batch_exceeds_its_budget_prompts_included(monkeypatch):
     """Short answers to long prompts: each prompt is computed once in every micro-batch that has one of its answers."""
     model, sizes = make_model(CONFIGS["qwen2"]), []
-    prompts = [[5] * 60 + [g] for g in range(8)]
-    rollouts = clipo.Rollouts.blank(torch.arange(8).repeat_interleave(2), 4, 32, pad=1)
-    rollouts.mask[:] = True
-    response_logprobs = clipo.response_logprobs
+    prompts, shape = [[5] * 60 + [g] for g in range(8)], (8, 2, 4)
+    tokens, mask = torch.ones(shape).long(), torch.ones(shape).bool()
+    rollouts = clipo.Rollouts(tokens, mask, torch.zeros(shape), torch.zeros(8, 2, 32))
+    row_logprobs = update.row_logprobs
 
-    def counted(model, prompts, part, **options):
-        sizes.append(part.tokens.numel() + 60 * len(part.group.unique()))
-        return response_logprobs(model, prompts, part, **options)
+    def counted(model, prompts, origin, tokens, *more):
+        sizes.append(tokens.numel() + 60 * len(origin.unique()))
+        return row_logprobs(model, prompts, origin, tokens, *more)
 
-    monkeypatch.setattr(clipo, "response_logprobs", counted)
-    config = clipo.CLIPOConfig(micro_batch_tokens=150, beta=0, samples_per_prompt=2, max_new_tokens=4)
-    clipo.CLIPO(model, TOKENIZER, None, config).update(prompts, rollouts, torch.ones(16))
+    monkeypatch.setattr(update, "row_logprobs", counted)
+    config = CLIPOConfig(micro_batch_tokens=150, beta=0, samples_per_prompt=2, max_new_tokens=4)
+    Trainer(model, TOKENIZER, None, config).update(prompts, rollouts, torch.ones(8, 2))
     assert max(sizes) <= 150 and sum(sizes) >= 16 * 4 + 8 * 60

@@ -7,7 +7,6 @@ from exercises.checking import agree
 def test_group_advantages(answer):
     for rewards in (torch.tensor([[1.0, 0.0, 0.0, 1.0]]), torch.rand(3, 6), torch.randint(2, (5, 16)).float()):
         P, G = rewards.shape
-        expected = clipo.group_advantages(rewards.flatten(), torch.arange(P).repeat_interleave(G)).view(P, G)
         centred = rewards - rewards.mean(-1, keepdim=True)
         mistakes = {
             "the std is divided by G; Bessel's correction divides by G - 1": centred
@@ -16,7 +15,14 @@ def test_group_advantages(answer):
             / (rewards.std() + 1e-6),
             "only the mean is taken off; it is also divided by the std (without is Dr. GRPO)": centred,
         }
-        agree(answer.group_advantages(rewards), expected, f"rewards {P} x {G}", mistakes)
+        agree(answer.group_advantages(rewards), clipo.group_advantages(rewards), f"rewards {P} x {G}", mistakes)
+
+
+def test_without_the_std_it_is_dr_grpos(answer):
+    rewards = torch.rand(3, 6)
+    expected = clipo.group_advantages(rewards, scale_by_std=False)
+    mistakes = {"scale_by_std=False must leave the division out": clipo.group_advantages(rewards)}
+    agree(answer.group_advantages(rewards, scale_by_std=False), expected, "scale_by_std=False", mistakes)
 
 
 def test_a_group_whose_rewards_are_all_equal_has_no_advantage(answer):

@@ -17,5 +17,5 @@ SMALLEST: float | None = None
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """log p and log q of the sampled tokens, both (B, T) -> (B, T)."""
+    """log p and log q of the sampled tokens, both (P, G, T) -> (P, G, T)."""
     raise NotImplementedError("write kl_k3 in exercises/02_kl/answer.py; hints.md helps")

@@ -1,6 +1,8 @@
 """Exercise 3: the clipped ratio, and where its gradient is zero (PPO; clipo.py, section 5).
 
-    J = min( rho A, clip(rho, 1 - low, 1 + high) A ),   rho = pi(y) / pi_old(y)
+    J = min( rho A, clip(rho, 1 - low, 1 + high) A ),   rho = pi(y_t) / pi_old(y_t)
+
+A token that A is not 0 for has no gradient where the clip holds it: write *where* as a condition on rho and A.
 
 Check it with: python -m pytest exercises/03_clipped_ratio
 """
@@ -8,14 +10,12 @@ Check it with: python -m pytest exercises/03_clipped_ratio
 from torch import Tensor
 
 
-def surrogate(ratio: Tensor, advantage: Tensor, low: float = 0.2, high: float = 0.2) -> Tensor:
-    """rho and A, both (N,) -> J (N,)."""
-    raise NotImplementedError("write surrogate in exercises/03_clipped_ratio/answer.py; hints.md helps")
+def clipped_surrogate(
+    log_ratio: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """J of every token (P, G, T), and where it has no gradient with respect to rho, (P, G, T) bool.
 
-
-def gradient_is_zero(ratio: Tensor, advantage: Tensor, low: float = 0.2, high: float = 0.2) -> Tensor:
-    """For which tokens has J no gradient with respect to rho, though A is not 0? (N,), (N,) -> (N,) bool.
-
-    Write it as a condition on rho and A, without autograd.
+    log_ratio = log rho (P, G, T), advantages (P, G, 1): all tokens of a rollout share its A. mask (P, G, T) says which
+    tokens are a response's own; J of a token does not need it (GSPO's, in variants.py, does). No autograd.
     """
-    raise NotImplementedError("write gradient_is_zero in exercises/03_clipped_ratio/answer.py; hints.md helps")
+    raise NotImplementedError("write clipped_surrogate in exercises/03_clipped_ratio/answer.py; hints.md helps")

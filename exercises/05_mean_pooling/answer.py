@@ -1,4 +1,4 @@
-"""Exercise 5: the trajectory embedding h, a mean with a mask (paper: trajectory embedding; clipo.py, Rollouts.write).
+"""Exercise 5: the trajectory embedding h, a mean with a mask (paper: trajectory embedding; clipo.py, `generate`).
 
     h = mean of the last layer's states over the tokens of the response
 
@@ -11,5 +11,5 @@ from torch import Tensor
 
 
 def pool(states: Tensor, mask: Tensor) -> Tensor:
-    """states (B, T, D), mask (B, T) bool, True for tokens of the response, at least one -> (B, D)."""
+    """states (P, G, T, D), mask (P, G, T) bool, True for tokens of the response, at least one -> h (P, G, D)."""
     raise NotImplementedError("write pool in exercises/05_mean_pooling/answer.py; hints.md helps")

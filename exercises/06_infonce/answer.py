@@ -2,16 +2,23 @@
 
     L_i = -s_ij + log sum_{a != i} exp(s_ia),   s_ia = z_i . z_a / tau
 
-for an anchor i (a right answer), one other right answer j of its group, and all others a of the group, right or wrong.
+for an anchor i (a right answer whose group has another right one and a wrong one), one other right answer j of its
+group, which was drawn, and all others a of the group, right or wrong. All others than anchors get 0.
 
 Check it with: python -m pytest exercises/06_infonce
 """
 
 from torch import Tensor
 
+from clipo import Pairs
 
-def infonce(z: Tensor, anchor: int, positive: int, tau: float = 0.05) -> Tensor:
-    """z (G, E) unit vectors of one group -> L of the anchor, a number ()."""
+
+def infonce(z: Tensor, pairs: Pairs, tau: float = 0.05) -> Tensor:
+    """z (P, G, E) unit vectors -> L (P, G).
+
+    pairs: three masks (P, G, G), [question, i, a]: pairs.target, where a is the j of i; pairs.positive, where both are
+    right; pairs.negative, where i is right and a is wrong. And pairs.anchor (P, G).
+    """
     raise NotImplementedError("write infonce in exercises/06_infonce/answer.py; hints.md helps")
 
 

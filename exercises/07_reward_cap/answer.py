@@ -9,9 +9,11 @@ Check it with: python -m pytest exercises/07_reward_cap      See it with: python
 
 from torch import Tensor
 
+from clipo import Pairs
 
-def contrastive_reward(loss: Tensor, anchors: Tensor, weight: float = 0.2, floor: float = -0.5) -> Tensor:
-    """L (B,) and who is an anchor (B,) bool -> rc (B,)."""
+
+def contrastive_reward(loss: Tensor, pairs: Pairs, *, weight: float = 0.2, floor: float = -0.5) -> Tensor:
+    """L (P, G) -> rc (P, G). Who is an anchor: pairs.anchor (P, G) bool."""
     raise NotImplementedError("write contrastive_reward in exercises/07_reward_cap/answer.py; hints.md helps")
 
 

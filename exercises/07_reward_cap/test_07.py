@@ -8,7 +8,9 @@ from exercises.checking import agree, explains
 
 
 def test_contrastive_reward(answer):
-    loss, anchors = torch.tensor([0.0, 1.0, 2.4, 2.6, 9.0, 3.0]), torch.tensor([True] * 5 + [False])
+    loss = torch.tensor([[0.0, 1.0, 2.4, 2.6, 9.0, 3.0]]).expand(2, 6)
+    pairs = clipo.draw_pairs(torch.arange(6) < torch.tensor([[5], [1]]))
+    anchors = pairs.anchor  # the five right ones of the first group; the second has only one
     mistakes = {
         "the cap is the wrong way round: no reward is below the floor, so take the larger of the two": torch.where(
             anchors, (-0.2 * loss).clamp(max=-0.5), 0.0
@@ -17,7 +19,7 @@ def test_contrastive_reward(answer):
         "there is no cap": torch.where(anchors, -0.2 * loss, 0.0),
         "agreement (a small loss) is punished; the sign is wrong": torch.where(anchors, 0.2 * loss, 0.0),
     }
-    agree(answer.contrastive_reward(loss, anchors), clipo.contrastive_reward(loss, anchors), "losses", mistakes)
+    agree(answer.contrastive_reward(loss, pairs), clipo.contrastive_reward(loss, pairs), "losses", mistakes)
 
 
 def test_largest_group(answer):

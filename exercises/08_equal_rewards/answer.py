@@ -2,7 +2,7 @@
 
 A group of 16 right answers, with contrastive rewards that differ by next to nothing:
 
-    R = 1 + size * noise,   noise = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    R = 1 + size * noise,   noise = torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
 
 How large are the advantages, as the mean of |A| over the group, with the division by the std and without (Dr. GRPO)?
 

@@ -1,19 +1,27 @@
-"""Exercise 10, an experiment: a contrastive loss of your own, against the five of clipo.py (section 3).
+"""Exercise 10, an experiment: a contrastive loss of your own, against the five of variants.py.
 
-For each of A anchors there are similarities to the G rollouts of its group, already divided by tau: which of them are
-its targets (the positives that count), which are positive at all, which are negative (wrong answers). The anchor's own
-similarity is in the row too, and is none of these.
-
-A loss of yours must: fall when a target comes closer, rise when a wrong one does, be finite at similarities of +-200,
-not look at the anchor itself, and be none of the five. Then: how much more does it pay sound right answers than unsound
-ones?
+A loss of yours must: fall when another right answer comes closer to the anchor, rise when a wrong one does, be finite
+at similarities of +-200 and in groups without an anchor, not look at the anchor itself, and be none of the five. It
+comes with its chance level, from which the reward can be measured. Then: how much more does it pay sound right answers
+than unsound ones?
 
 Check it with: python -m pytest exercises/10_own_loss      See it with: python -m exercises.plots 10
 """
 
 from torch import Tensor
 
+from clipo import Pairs
+from variants import ContrastiveLoss
 
-def my_loss(similarity: Tensor, target: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    """similarity (A, G), the others (A, G) bool -> losses (A,)."""
+
+def my_loss(z: Tensor, pairs: Pairs, tau: float = 0.05) -> Tensor:
+    """z (P, G, E) unit vectors -> L (P, G), 0 for all others than anchors; pairs as in exercise 6."""
     raise NotImplementedError("write my_loss in exercises/10_own_loss/answer.py; hints.md helps")
+
+
+def my_chance(positives: Tensor, negatives: Tensor) -> Tensor:
+    """my_loss where all similarities are the same; how many positives and negatives each has, (P, G) -> (P, G)."""
+    raise NotImplementedError("write my_chance in exercises/10_own_loss/answer.py; hints.md helps")
+
+
+MINE = ContrastiveLoss(my_loss, my_chance)  # what a line of variants.LOSSES has

@@ -3,12 +3,19 @@
 import torch
 from torch import Tensor
 
+import clipo
+from clipo import KVCache
 
-def decode_step(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> Tensor:
-    """(B, H, W) three times, (B, H, slots, W) twice, (B,) -> (B, H, W)."""
-    row = torch.arange(len(length))
-    keys[row, :, length], values[row, :, length] = key, value
-    scores = torch.einsum("bhw,bhsw->bhs", query, keys) / query.shape[-1] ** 0.5
-    hidden = torch.arange(keys.shape[2]) > length[:, None]  # (B, slots)
-    weights = scores.masked_fill(hidden[:, None], -torch.inf).softmax(-1)
-    return torch.einsum("bhs,bhsw->bhw", weights, values)
+
+def attend(query: Tensor, key: Tensor, value: Tensor, cache: KVCache) -> Tensor:
+    """(B, H, 1, W) three times -> (B, H, 1, W)."""
+    keys, values = cache.update(key, value, layer=0)  # (B, H, slots, W)
+    scores = query @ keys.transpose(-1, -2) / query.shape[-1] ** 0.5  # (B, H, 1, slots)
+    unseen = torch.arange(cache.slots) > cache.positions  # (B, slots)
+    return scores.masked_fill(unseen[:, None, None], -torch.inf).softmax(-1) @ values
+
+
+def decode_step(model, token: Tensor, position: Tensor, cache: KVCache) -> Tensor:
+    """(B,), (B,) -> (B, V)."""
+    states = clipo.last_states(model, token[:, None], position[:, None], cache)  # (B, 1, D)
+    return clipo.output_logits(model, states[:, 0])

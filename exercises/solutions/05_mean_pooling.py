@@ -4,6 +4,6 @@ from torch import Tensor
 
 
 def pool(states: Tensor, mask: Tensor) -> Tensor:
-    """(B, T, D), (B, T) -> (B, D)."""
+    """(P, G, T, D), (P, G, T) -> (P, G, D)."""
     kept = states.masked_fill(~mask[..., None], 0)
-    return kept.sum(1) / mask.sum(-1, keepdim=True)
+    return kept.sum(-2) / mask.sum(-1, keepdim=True)

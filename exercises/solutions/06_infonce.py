@@ -5,12 +5,15 @@ import math
 import torch
 from torch import Tensor
 
+from clipo import Pairs
 
-def infonce(z: Tensor, anchor: int, positive: int, tau: float = 0.05) -> Tensor:
-    """(G, E) -> ()."""
-    s = z @ z[anchor] / tau  # (G,)
-    others = torch.arange(len(z)) != anchor
-    return s[others].logsumexp(0) - s[positive]
+
+def infonce(z: Tensor, pairs: Pairs, tau: float = 0.05) -> Tensor:
+    """(P, G, E) -> (P, G)."""
+    s = z @ z.transpose(-1, -2) / tau  # (P, G, G)
+    itself = torch.eye(z.shape[1], dtype=torch.bool)
+    loss = s.masked_fill(itself, -torch.inf).logsumexp(-1) - (s * pairs.target).sum(-1)
+    return torch.where(pairs.anchor, loss, 0.0)
 
 
 def chance_level(G: int) -> float:

@@ -5,12 +5,14 @@ import math
 import torch
 from torch import Tensor
 
+from clipo import Pairs
+
 EXPLANATION: str | None = "b"
 
 
-def contrastive_reward(loss: Tensor, anchors: Tensor, weight: float = 0.2, floor: float = -0.5) -> Tensor:
-    """(B,), (B,) -> (B,)."""
-    return torch.where(anchors, (-weight * loss).clamp(min=floor), 0.0)
+def contrastive_reward(loss: Tensor, pairs: Pairs, *, weight: float = 0.2, floor: float = -0.5) -> Tensor:
+    """(P, G) -> (P, G)."""
+    return torch.where(pairs.anchor, (-weight * loss).clamp(min=floor), 0.0)
 
 
 def largest_group(weight: float = 0.2, floor: float = -0.5) -> int:
