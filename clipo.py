@@ -5,12 +5,14 @@ answers to the same question*: sound solutions share structure, errors scatter. 
 
     rollouts -> verifiable reward -> contrastive head -> contrastive reward -> advantages -> policy update
 
-and the sections below stand in that order; `CLIPO.step`, at the end, reads like the paper's algorithm. Everything is
-plain and exact here. What makes it fast or safe lives in engine/ and is held equal to these lines by tests; other
-losses and controls live in variants.py. You need neither to understand this file.
+and the sections below stand in that order (the verifiable reward is asked for in the last one, in `roll_out`); there
+`CLIPO.step` reads like the paper's algorithm. Everything here is plain and exact. What makes it fast lives in engine/
+and is held equal to these lines by tests; what keeps a run alive (memory that runs out, numbers that break) in
+engine/guard.py; other losses and the controls in variants.py; the values of all settings in config.py. To understand
+this file you need none of them.
 
-One letter means one thing throughout. Rollouts come as rectangles, G for each of P prompts:
-    P prompts   G rollouts per prompt   B = P*G rollouts   T response tokens   S prompt + response tokens
+Shapes have these letters. Rollouts come as rectangles, G for each of P prompts:
+    P prompts   G rollouts per prompt   B = P*G rollouts   T response tokens   Q tokens in a forward pass
     V vocabulary   D model width   E embedding width   H key/value heads
 """
 
@@ -32,7 +34,7 @@ from config import CLIPOConfig, check_attends_to_all, check_generate_arguments
 # 1. Rollouts: read each prompt once (prefill), then decode G responses to it, one token at a time
 #
 #    y_t ~ pi( . | x, y_<t)       log pi(y_t | x, y_<t) and the model's hidden states are kept on the way:
-#    h = mean of the last layer's states over the response                     (paper: trajectory embedding)
+#    h = mean of the last layer's states over the response's tokens but the last       (trajectory embedding)
 # =====================================================================================================
 
 
@@ -52,8 +54,8 @@ class Rollouts(NamedTuple):
 class KVCache:
     """Keys and values of every layer, so that decoding a token computes that token only.
 
-    Slot s of a row holds the token at *position* s of that row. Rows of different length therefore sit in one cache
-    without padding between prompt and response, and the attention mask is one comparison: slot <= position.
+    A row's slot n holds its token at *position* n. Rows of different length therefore sit in one cache without padding
+    between prompt and response, and the attention mask is one comparison: slot <= position.
     """
 
     def __init__(self, slots: int):
@@ -62,12 +64,13 @@ class KVCache:
         self.positions: Tensor | None = None  # (rows, Q): where the next forward pass writes
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_, **__) -> list[Tensor]:
-        """Called by each attention layer: store (rows, H, Q, head width), return all that is stored."""
+        """Called by each attention layer, with more than we need: store (rows, H, Q, head width), return all."""
         if layer == len(self.layers):
             self.layers.append([new.new_zeros(*new.shape[:2], self.slots, new.shape[3]) for new in (keys, values)])
         row = torch.arange(len(keys), device=keys.device)[:, None]
         for store, new in zip(self.layers[layer], (keys, values), strict=True):
-            store[row, :, self.positions] = new.transpose(1, 2).to(store.dtype)  # (rows, Q, H, head width)
+            # Two indices with a slice between them: their axes (rows, Q) come first, then H, head width.
+            store[row, :, self.positions] = new.transpose(1, 2).to(store.dtype)
         return self.layers[layer]
 
     def repeat(self, times: int) -> None:
@@ -108,7 +111,7 @@ def output_logits(model, states: Tensor) -> Tensor:
 
 def exact(logits: Tensor) -> Tensor:
     """In float32 at least: bfloat16 keeps three digits, too few for a log-prob."""
-    return logits.float() if logits.dtype == torch.bfloat16 else logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def sample(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -124,7 +127,7 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor,
     probs = (exact(logits) / (temperature or 1.0)).softmax(-1)  # (B, V)
     cumulated = probs.cumsum(-1)
     token = torch.searchsorted(cumulated, (uniform * cumulated[:, -1])[:, None], right=True)[:, 0]  # (B, V) -> (B,)
-    token = token.clamp(max=logits.shape[-1] - 1)  # where the logits are NaN nothing exceeds: no crash, a NaN log-prob
+    token = token.clamp(max=logits.shape[-1] - 1)  # (if the logits are NaN, no sum exceeds the number)
     if temperature == 0:
         token = probs.argmax(-1)
     return token, probs.gather(-1, token[:, None])[:, 0].log()
@@ -155,29 +158,27 @@ def generate(
     prefill(model, prompts, cache := KVCache(max(map(len, prompts)) + T))
     cache.repeat(G)
 
-    token, position = (
-        torch.tensor(ids, device=device).repeat_interleave(G)  # (P,) -> (B,)
-        for ids in ([ids[-1] for ids in prompts], [len(ids) - 1 for ids in prompts])
-    )
+    token = torch.tensor([ids[-1] for ids in prompts], device=device).repeat_interleave(G)  # (P,) -> (B,)
+    position = torch.tensor([len(ids) - 1 for ids in prompts], device=device).repeat_interleave(G)
     tokens = torch.full((P * G, T), stop[0], device=device)
     mask, logprobs = torch.zeros_like(tokens, dtype=torch.bool), torch.zeros_like(tokens, dtype=torch.float32)
-    hidden, working = 0.0, torch.ones_like(token, dtype=torch.bool)
+    hidden, working = 0.0, torch.ones_like(token, dtype=torch.bool)  # (B, D) soon; (B,): has it not ended yet?
+    ends = torch.tensor(stop, device=device)
     for t in range(T):
         state = last_states(model, token[:, None], position[:, None], cache)[:, 0]  # (B, 1, D) -> (B, D)
         token, logprob = sample(output_logits(model, state), uniform[:, t], temperature)
         tokens[:, t], mask[:, t] = token.where(working, stop[0]), working
         logprobs[:, t] = logprob.where(working, 0.0)
-        # h sums up the states of the response tokens that were fed back. The last one never is, so its state, which the
-        # paper's mean has, is left out. The first state (t = 0) is the prompt's: the next takes its place (t = 1), so
-        # that it stays for a response of one token only, which has no other.
+        # h is the mean state of the response's tokens but the last, which is never fed, so that it has no state.
+        # At t = 0 the prompt's last token was fed. Its state is replaced at t = 1, unless the response has ended.
         hidden = torch.where(working[:, None], state.float() + hidden * (t > 1), hidden)
-        working = working & ~torch.isin(token, torch.tensor(stop, device=device))
-        position = position + 1
+        working = working & ~torch.isin(token, ends)
+        position = position + 1  # (a row that has ended goes on, into places that are masked)
         if not working.any():
             break
     hidden = hidden / (mask.sum(-1, keepdim=True) - 1).clamp(min=1)  # sum -> mean
-    cut = (tokens[:, : t + 1], mask[:, : t + 1], logprobs[:, : t + 1], hidden)  # (B, longest response), (B, D)
-    return Rollouts(*(values.unflatten(0, (P, G)) for values in cut))  # (B, ...) -> (P, G, ...)
+    made = (tokens[:, : t + 1], mask[:, : t + 1], logprobs[:, : t + 1], hidden)  # (B, longest response), (B, D)
+    return Rollouts(*(values.unflatten(0, (P, G)) for values in made))  # (B, ...) -> (P, G, ...)
 
 
 def response_logprobs(
@@ -224,7 +225,7 @@ class ContrastiveHead(nn.Module):
 
 
 class Pairs(NamedTuple):
-    """What rollout a is to rollout i, for all two of a group: (P, G, G) bool, indexed [question, i, a]."""
+    """What rollout a is to rollout i, for every two of a group: (P, G, G) bool, indexed [question, i, a]."""
 
     target: Tensor  # a is the j that was drawn for i
     positive: Tensor  # both are right, and they are two
@@ -237,7 +238,7 @@ class Pairs(NamedTuple):
 
 
 def draw_pairs(correct: Tensor, generator: torch.Generator | None = None) -> Pairs:
-    """The pairs of each group, and one positive j for every anchor, uniformly. correct: (P, G) bool.
+    """The pairs of each group; one positive j for every rollout that has any, uniformly. correct: (P, G) bool.
 
     >>> pairs = draw_pairs(torch.tensor([[True, True, False]]))
     >>> pairs.anchor
@@ -266,8 +267,8 @@ def similarities(z: Tensor, pairs: Pairs, tau: float) -> Tensor:
 def log_sum(similarity: Tensor, allowed: Tensor) -> Tensor:
     """log sum of exp(s) over the allowed entries of each row: (P, G, G) -> (P, G).
 
-    This is exact; the authors' epsilon inside the log is not (0.24 off for 16 random vectors). A row with none allowed,
-    which is no anchor's and is not used, takes all: its log of 0 would have a gradient of NaN.
+    This is exact; the authors' epsilon inside the log is not (0.24 off for 16 random vectors). A row with none allowed
+    is no anchor's and is not used; it takes all, for the gradient of log 0 is NaN.
 
     >>> log_sum(torch.tensor([[[20.0, 1.0, 1.0, 0.0]]]), torch.tensor([[[False, True, True, True]]]))  # log(2e + 1)
     tensor([[1.8620]])
@@ -284,7 +285,8 @@ def infonce(z: Tensor, pairs: Pairs, tau: float = 0.05) -> Tensor:
     tensor([[0.6931, 0.6931, 0.0000]])
     """
     s = similarities(z, pairs, tau)  # (P, G, E) -> (P, G, G)
-    loss = log_sum(s, pairs.positive | pairs.negative) - (s * pairs.target).sum(-1)  # (P, G, G) -> (P, G)
+    others = pairs.positive | pairs.negative  # for an anchor i: all a != i
+    loss = log_sum(s, others) - (s * pairs.target).sum(-1)  # (P, G, G) -> (P, G)
     return torch.where(pairs.anchor, loss, 0.0)
 
 
@@ -316,16 +318,17 @@ def group_advantages(rewards: Tensor, *, scale_by_std: bool = True, eps: float =
 
 
 # =====================================================================================================
-# 5. Policy update:   J = E[ min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) ] - beta E[k3],   rho = pi / pi_old
+# 5. Policy update:   J = mean[ min(rho A, clip(rho, 1 - low, 1 + high) A) - beta k3 ],   rho = pi / pi_old
 #
-#    E is the mean over all response tokens; k3 estimates the KL to the frozen starting policy (the reference)
+#    the mean over all response tokens of a mini-batch; k3 estimates the KL to the frozen start (the reference)
 # =====================================================================================================
 
 
 def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float):
     """min(rho A, clip(rho) A) of every token, and where the clip removed the gradient. (PPO, arXiv:1707.06347)
 
-    log_ratio = log rho (P, G, T), advantages (P, G, 1), mask (P, G, T); both results (P, G, T).
+    log_ratio = log rho (P, G, T), advantages (P, G, 1), mask (P, G, T); both results (P, G, T). (The mask is for
+    variants that average over a response before they clip.)
 
     A token became 1.5 times as likely; a good one counts as 1.2 at most, a bad one in full:
     >>> ratio, A, mask = torch.tensor([[[1.5], [1.5]]]), torch.tensor([[[1.0], [-1.0]]]), torch.ones(1, 2, 1)
@@ -350,7 +353,13 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def token_mean(mask: Tensor, max_new_tokens: int) -> Tensor:
-    """What each token weighs in a mean over all response tokens: (P, G, T) bool -> (P, G, T)."""
+    """What each token weighs in a mean over all response tokens: (P, G, T) bool -> (P, G, T), sum 1. (The other
+    argument is for a variant's mean.)
+
+    >>> token_mean(torch.tensor([[[True, True], [True, False]]]), max_new_tokens=2)
+    tensor([[[0.3333, 0.3333],
+             [0.3333, 0.0000]]])
+    """
     return mask / mask.sum()
 
 
@@ -382,21 +391,21 @@ def policy_gradient(
     """
     low = form.low if config.clip_low is None else config.clip_low
     high = form.high if config.clip_high is None else config.clip_high
-    weights = form.weights(rollouts.mask, config.max_new_tokens)  # (P, G, T)
-    per_token = token_mean(rollouts.mask, config.max_new_tokens)
+    weights = form.weights(rollouts.mask, config.max_new_tokens)  # (P, G, T), of the surrogate
+    per_token = token_mean(rollouts.mask, config.max_new_tokens)  # of KL and clip fraction, whatever the form
     total = {"policy_loss": 0.0, "kl": None if reference is None else 0.0, "clip_fraction": 0.0}
-    for p, prompt in enumerate(prompts):
-        one = slice(p, p + 1)
-        group, temperature = rollouts.of(one), config.temperature
+    for g, prompt in enumerate(prompts):
+        own = slice(g, g + 1)
+        group, temperature = rollouts.of(own), config.temperature
         logprobs = response_logprobs(policy, [prompt], group, temperature=temperature)  # (1, G, T)
         log_ratio = logprobs - group.logprobs
-        surrogate, cut = form.surrogate(log_ratio, advantages[one, :, None], group.mask, low, high)
-        loss = -(surrogate * weights[one]).sum()
-        total["clip_fraction"] += (cut * per_token[one]).sum().item()
+        surrogate, cut = form.surrogate(log_ratio, advantages[own, :, None], group.mask, low, high)
+        loss = -(surrogate * weights[own]).sum()
+        total["clip_fraction"] += (cut * per_token[own]).sum().item()
         if reference is not None:
             with torch.no_grad():
                 ref_logprobs = response_logprobs(reference, [prompt], group, temperature=temperature)
-            kl = (kl_k3(logprobs, ref_logprobs) * per_token[one]).sum()
+            kl = (kl_k3(logprobs, ref_logprobs) * per_token[own]).sum()
             total["kl"] += kl.item()
             loss = loss + config.beta * kl
         total["policy_loss"] += loss.item()
@@ -411,8 +420,7 @@ def policy_gradient(
 
 @dataclass
 class Parts:
-    """The five functions that a step calls, plain by default. Faster or other ones with the same arguments plug in
-    (engine/, variants.py); to read the method you need not know them."""
+    """The five functions that a step calls, plain by default. Faster or other ones with the same arguments plug in."""
 
     generate: Callable = generate
     pairs: Callable = draw_pairs
@@ -431,13 +439,22 @@ class Contrasted(NamedTuple):
     head_grad_norm: float | None
 
 
-class Scored(NamedTuple):
-    """What one step found out about its rollouts."""
+class Sampled(NamedTuple):
+    """Rollouts and the verifiable reward."""
 
     prompts: list[Sequence[int]]  # P
     rollouts: Rollouts
     texts: list[list[str]]  # P lists of G responses
-    correct: Tensor  # (P, G) bool, r
+    correct: Tensor  # (P, G) bool, r: is the final answer right?
+
+
+class Scored(NamedTuple):
+    """All that one step found out: the fields of `Sampled`, then its own."""
+
+    prompts: list[Sequence[int]]
+    rollouts: Rollouts
+    texts: list[list[str]]
+    correct: Tensor
     contrast: Contrasted
     reward: Tensor  # (P, G) R = r + rc
     advantage: Tensor  # (P, G) A
@@ -451,6 +468,9 @@ def end_of_sequence_ids(model, tokenizer) -> list[int]:
     if ids is None:
         raise ValueError("neither model nor tokenizer has an end-of-sequence token; set tokenizer.eos_token")
     return [ids] if isinstance(ids, int) else list(ids)
+
+
+ROLLOUT, CONTRAST, CONTROL = range(3)  # what a step draws random numbers for
 
 
 class Contrast:
@@ -473,27 +493,27 @@ class Contrast:
         return torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.steps_done) * 3 + purpose)
 
     def contrast(self, hidden: Tensor, correct: Tensor) -> Contrasted:
-        """Embed h (P, G, D), pay agreement, then train the head; correct (P, G) bool. h carries no gradient."""
-        config, parts, random, first, grad_norm = self.config, self.parts, self.random(1), None, None
+        """Embed h (P, G, D), pay agreement, then train the head; correct: (P, G) bool."""
+        config, parts, random, grad_norm = self.config, self.parts, self.random(CONTRAST), None
         hidden = hidden.detach()
         if config.center_hidden:  # (ours, not the paper's: take away what the answers to one question share)
             hidden = hidden - hidden.mean(1, keepdim=True)
-        for _ in range(max(1, config.head_steps)):  # the paper takes one
+        for update in range(max(1, config.head_steps)):  # the paper takes one; 0 is a fixed head, which pays too
             z = self.head(hidden)  # (P, G, D) -> (P, G, E)
-            pairs = parts.pairs(correct, random)
+            pairs = parts.pairs(correct, random)  # with a new j every time
             loss = parts.loss(z, pairs, config.tau)  # (P, G)
-            first = first or (z.detach(), pairs, loss.detach())  # what is paid is from before any update
+            if update == 0:  # what is paid is from before the head's first update
+                reward = parts.reward(loss, pairs, weight=config.weight, floor=config.reward_floor)
+                found = z.detach(), pairs, loss.detach(), reward
             if not pairs.anchor.any() or config.head_steps == 0:
-                break  # nothing to learn from, or a fixed head
+                break
             loss[pairs.anchor].mean().backward()
             grad_norm = self.descend(self.head_optimizer)
-        z, pairs, loss = first
-        reward = parts.reward(loss, pairs, weight=config.weight, floor=config.reward_floor)
-        return Contrasted(z, pairs, loss, reward, grad_norm)
+        return Contrasted(*found, grad_norm)
 
     def descend(self, optimizer: torch.optim.Optimizer) -> float:
         """Clip the gradient, one optimiser step; the norm before the clip. RuntimeError if that is no finite number."""
-        parameters = [p for parameters in optimizer.param_groups for p in parameters["params"]]
+        parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm, error_if_nonfinite=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -504,7 +524,8 @@ class CLIPO(Contrast):
     """The trainer: policy, frozen reference, and the contrastive half; `step` is one training step.
 
     policy: a transformers causal LM; tokenizer: its tokenizer; are_correct(response texts, answers) -> list of bool.
-    A run is resumed by its weights, its optimisers and its step number alone.
+    A run is resumed by making its trainer anew from the starting policy, which the reference is a copy of, and then
+    giving it the saved weights, optimisers and step number.
     """
 
     def __init__(self, policy, tokenizer, are_correct: Callable[..., Sequence[bool]], config: CLIPOConfig, parts=None):
@@ -517,26 +538,21 @@ class CLIPO(Contrast):
 
     def step(self, prompts: Sequence[Sequence[int]], answers: Sequence[str]) -> Scored:
         """One training step on P prompts (lists of token ids) and their answers."""
-        prompts, rollouts, texts, correct = self.sample(list(prompts), list(answers))
-        contrast = self.contrast(rollouts.hidden, correct)
-        reward = self.total_reward(correct, contrast.reward, rollouts)  # R = r + rc
-        advantage = group_advantages(reward, scale_by_std=self.config.divide_by_std)
-        updates = [] if self.warming_up else self.update(prompts, rollouts, advantage)
+        sampled = self.roll_out(list(prompts), list(answers), self.random(ROLLOUT))  # y and h; r
+        contrast = self.contrast(sampled.rollouts.hidden, sampled.correct)  # z, L, rc; then the head learns
+        reward = self.total_reward(sampled, contrast.reward)  # R = r + rc
+        advantage = group_advantages(reward, scale_by_std=self.config.divide_by_std)  # A
+        updates = [] if self.warming_up else self.update(sampled.prompts, sampled.rollouts, advantage)  # theta
         self.steps_done += 1
-        return Scored(prompts, rollouts, texts, correct, contrast, reward, advantage, updates)
+        return Scored(*sampled, contrast, reward, advantage, updates)
 
     @property
     def warming_up(self) -> bool:
-        """True while only the head learns: untrained, it pays every anchor the floor. GRPO has nothing to wait for."""
+        """True while only the head learns: untrained, it pays nearly all anchors the floor (G = 16). GRPO never waits."""
         return self.config.weight > 0 and self.steps_done < self.config.head_warmup_steps
 
-    def sample(self, prompts: list, answers: list) -> tuple[list, Rollouts, list[list[str]], Tensor]:
-        """The prompts, G rollouts of each, their texts, and r: is the final answer right? (P, G) bool."""
-        return prompts, *self.roll_out_and_verify(prompts, answers, self.random(0))
-
-    def roll_out_and_verify(
-        self, prompts, answers, random: torch.Generator
-    ) -> tuple[Rollouts, list[list[str]], Tensor]:
+    def roll_out(self, prompts: list, answers: list, random: torch.Generator) -> Sampled:
+        """G rollouts of each prompt, and whether their final answers are right."""
         config = self.config
         G = config.samples_per_prompt
         rollouts = self.parts.generate(
@@ -552,18 +568,18 @@ class CLIPO(Contrast):
         texts = self.tokenizer.batch_decode([tokens[mask] for tokens, mask in rows], skip_special_tokens=True)
         verdicts = self.are_correct(texts, [answer for answer in answers for _ in range(G)])
         correct = torch.tensor(verdicts, dtype=torch.bool, device=rollouts.mask.device)
-        return rollouts, [texts[i : i + G] for i in range(0, len(texts), G)], correct.view(-1, G)
+        return Sampled(prompts, rollouts, [texts[i : i + G] for i in range(0, len(texts), G)], correct.view(-1, G))
 
-    def total_reward(self, correct: Tensor, contrastive: Tensor, rollouts: Rollouts) -> Tensor:
-        """R = r + rc, (P, G). (DAPO's penalty for length, a variant, is added here.)"""
-        return correct.float() + contrastive
+    def total_reward(self, sampled: Sampled, contrastive: Tensor) -> Tensor:
+        """R = r + rc, (P, G). (A variant adds DAPO's penalty for length.)"""
+        return sampled.correct.float() + contrastive
 
     def update(self, prompts: list, rollouts: Rollouts, advantage: Tensor) -> list[dict]:
-        """One optimiser step per mini-batch of prompts; from the second on, the policy is no longer the rollouts'."""
+        """One optimiser step per mini-batch, near-equal parts of the prompts; from the second on, rho is not 1."""
         config = self.config
         done = self.steps_done - (config.head_warmup_steps if config.weight > 0 else 0)
-        for parameters in self.policy_optimizer.param_groups:
-            parameters["lr"] = config.lr * min(1.0, (done + 1) / max(1, config.lr_warmup_steps))
+        for group in self.policy_optimizer.param_groups:
+            group["lr"] = config.lr * min(1.0, (done + 1) / max(1, config.lr_warmup_steps))
         updates = []
         for rows in torch.arange(len(prompts)).tensor_split(math.ceil(len(prompts) / config.mini_batch_prompts)):
             mine = slice(int(rows[0]), int(rows[-1]) + 1)

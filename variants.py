@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import clipo
-from clipo import CLIPO, GRPO, Pairs, Parts, PolicyLoss, Rollouts, draw_one, log_sum, similarities
+from clipo import CLIPO, CONTROL, GRPO, Pairs, Parts, PolicyLoss, Rollouts, Sampled, draw_one, log_sum, similarities
 from config import CLIPOConfig
 
 # =====================================================================================================
@@ -264,7 +264,7 @@ def parts(config: CLIPOConfig, random: Callable[[int], torch.Generator]) -> Part
     paid = partial(reward, ceiling=config.reward_ceiling, chance_of=from_chance)
 
     def shuffled(loss: Tensor, pairs: Pairs, **chosen) -> Tensor:
-        return shuffle_within_groups(paid(loss, pairs, **chosen), pairs.anchor, random(2))
+        return shuffle_within_groups(paid(loss, pairs, **chosen), pairs.anchor, random(CONTROL))
 
     return Parts(
         pairs=partial(pairs_in_scope, scope=config.contrastive_scope),
@@ -321,10 +321,10 @@ class DynamicSampling(CLIPO):
     fresh: Iterator[tuple[list[int], str]] | None = None  # further prompts and answers
     origin: list[int]  # (P,) which prompt each group of the last step answers: the given ones, then the fresh ones
 
-    def sample(self, prompts: list, answers: list):
-        random, drawn = self.random(0), len(prompts)
+    def roll_out(self, prompts: list, answers: list, random: torch.Generator) -> Sampled:
+        drawn = len(prompts)
         self.origin = list(range(drawn))
-        rollouts, texts, correct = self.roll_out_and_verify(prompts, answers, random)
+        _, rollouts, texts, correct = super().roll_out(prompts, answers, random)
         for _ in range(self.config.resample_tries):
             dull = (correct.all(-1) | ~correct.any(-1)).nonzero()[:, 0]
             if not len(dull):
@@ -332,12 +332,13 @@ class DynamicSampling(CLIPO):
             for g in dull.tolist():
                 (prompts[g], answers[g]), self.origin[g], drawn = next(self.fresh), drawn, drawn + 1
             fresh = [prompts[g] for g in dull.tolist()], [answers[g] for g in dull.tolist()]
-            new, new_texts, verdicts = self.roll_out_and_verify(*fresh, random)
-            rollouts, correct = replaced(rollouts, dull, new), correct.index_copy(0, dull, verdicts)
-            for g, group_texts in zip(dull.tolist(), new_texts, strict=True):
+            new = super().roll_out(*fresh, random)
+            rollouts, correct = replaced(rollouts, dull, new.rollouts), correct.index_copy(0, dull, new.correct)
+            for g, group_texts in zip(dull.tolist(), new.texts, strict=True):
                 texts[g] = group_texts
-        return prompts, rollouts, texts, correct
+        return Sampled(prompts, rollouts, texts, correct)
 
-    def total_reward(self, correct: Tensor, contrastive: Tensor, rollouts: Rollouts) -> Tensor:
-        penalty = overlong_penalty(rollouts.mask.sum(-1), self.config.max_new_tokens, self.config.overlong_buffer)
-        return super().total_reward(correct, contrastive, rollouts) + penalty
+    def total_reward(self, sampled: Sampled, contrastive: Tensor) -> Tensor:
+        length, config = sampled.rollouts.mask.sum(-1), self.config
+        penalty = overlong_penalty(length, config.max_new_tokens, config.overlong_buffer)
+        return super().total_reward(sampled, contrastive) + penalty

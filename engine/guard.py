@@ -169,7 +169,7 @@ class Trainer(variants.DynamicSampling):
         return loss
 
     def reward(self, loss: Tensor, pairs: Pairs, **chosen) -> Tensor:
-        """The contrast ends."""
+        """What agreement is paid; the head's updates follow."""
         self.lap("contrast")
         return self.unguarded.reward(loss, pairs, **chosen)
 
@@ -194,12 +194,15 @@ class Trainer(variants.DynamicSampling):
 
     def descend(self, optimizer: torch.optim.Optimizer) -> float:
         """An optimiser step, or BrokenNumbers where the gradient is no number: before any weight has seen it."""
+        phase = "update" if optimizer is self.policy_optimizer else "contrast"
         try:
-            return super().descend(optimizer)
+            norm = super().descend(optimizer)
         except RuntimeError as reason:
             if "non-finite" not in str(reason):
                 raise
-            raise BrokenNumbers("update" if optimizer is self.policy_optimizer else "contrast") from reason
+            raise BrokenNumbers(phase) from reason
+        self.lap(phase)
+        return norm
 
     def mixed_precision(self):
         """bfloat16 matrix products over float32 weights: in bfloat16 weights, an update of 1e-6 would round away.

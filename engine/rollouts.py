@@ -338,7 +338,7 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_
     [0, 0, 1, 1, 2]
     """
     logits = logits if temperature in (0, 1) else exact(logits) / temperature
-    probs = logits.softmax(-1, dtype=torch.float32 if logits.dtype == torch.bfloat16 else None)  # (B, V)
+    probs = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))  # (B, V)
     if temperature == 0:
         chosen = probs.argmax(-1)
     else:

@@ -582,7 +582,7 @@ def memory_row(machine: Machine, load: Load, prompt: int) -> dict:
     advantage = torch.randn(rollouts.mask.shape[:2], device=machine.device)
 
     def roll_out() -> None:
-        trainer.roll_out_and_verify(prompts, [""] * len(prompts), trainer.random(0))
+        trainer.roll_out(prompts, [""] * len(prompts), trainer.random(0))
 
     def update() -> None:
         trainer.update(prompts, rollouts, advantage)

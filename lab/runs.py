@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import checkpoint
 import toy
+from clipo import ROLLOUT
 from config import CLIPOConfig
 from engine.guard import Trainer
 from lab.bench import commit, processor
@@ -177,7 +178,8 @@ def execute_frozen(run: Run, runs: Path, device: torch.device) -> dict:
     for step in range(first.config.steps):
         stories = task.problems(step)
         prompts = [tokenizer(story.question)["input_ids"] for story in stories]
-        _, rollouts, texts, correct = first.sample(prompts, [story.answer for story in stories])
+        answers = [story.answer for story in stories]
+        _, rollouts, texts, correct = first.roll_out(prompts, answers, first.random(ROLLOUT))
         sound = torch.tensor(task.soundness(stories, texts), device=device)
         for arm, trainer in trainers.items():
             contrast = trainer.contrast(rollouts.hidden, correct)
