@@ -548,7 +548,7 @@ class CLIPO(Contrast):
 
     @property
     def warming_up(self) -> bool:
-        """True while only the head learns: untrained, it pays nearly all anchors the floor (G = 16). GRPO never waits."""
+        """True while only the head learns: until it has, nearly all anchors are paid the floor. GRPO never waits."""
         return self.config.weight > 0 and self.steps_done < self.config.head_warmup_steps
 
     def roll_out(self, prompts: list, answers: list, random: torch.Generator) -> Sampled:
