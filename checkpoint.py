@@ -6,6 +6,7 @@ OUT/                          the newest model: config.json, model.safetensors, 
     metrics.jsonl             a line per step
     rollouts.jsonl            some groups of each step
     report.html               a page that shows them
+    lock                      held by the process that writes the run
     checkpoints/step-000060/  complete training states, the last two: model, tokenizer, head, optimisers, checksums
 """
 
@@ -16,6 +17,8 @@ import json
 import os
 import shutil
 import sys
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -25,7 +28,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from clipo import CLIPO
-from problems import UserError
+from config import CLIPOConfig, has_type
+from problems import UserError, from_json, in_short, prompt_ids
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 KEPT = 2  # checkpoints
 SEAL = "state.json"  # of a checkpoint: its step, and the checksums of its other files
@@ -36,8 +45,10 @@ def device_from(name: str | None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if (device := torch.device(name)).type not in ("cpu", "cuda"):
+            raise RuntimeError("torch knows more kinds than are tested here")
         torch.zeros(1, device=name)
-        if (device := torch.device(name)).type == "cuda" and device.index is not None:
+        if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # graphs are captured on the current one
     except (RuntimeError, AssertionError) as reason:
         raise UserError(f"--device {name} cannot be used here; expected cpu, or cuda where there is a GPU") from reason
@@ -52,7 +63,7 @@ def load_tokenizer(source: str):
     """
     try:
         return PreTrainedTokenizerFast.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, AttributeError):  # it has no such file
+    except Exception:  # it has no such file, or a broken one, for which tokenizers has no class
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
@@ -62,23 +73,38 @@ def load_model(source: str, device: str | torch.device):
         raise UserError(f"model {source} has no config.json; expected a folder that save_pretrained wrote")
     try:
         tokenizer = load_tokenizer(source)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+        known = len(tokenizer("1 + 1")["input_ids"])
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError) as reason:
-        first_line = (str(reason).splitlines() or [""])[0]
+    except Exception as reason:  # what a broken folder makes transformers and its libraries raise has no common class
         raise UserError(
-            f"model {source} could not be opened: {first_line} Expected a folder that save_pretrained wrote, "
+            f"model {source} could not be opened: {in_short(reason)} Expected a folder that save_pretrained wrote, "
             "or the name of a causal language model on the hub"
         ) from reason
-    if not tokenizer("1 + 1")["input_ids"]:
+    if missing := sorted(found["missing_keys"]):  # they would be random numbers
+        raise UserError(
+            f"model {source}: its files hold no {missing[0]} ({len(missing)} weights are missing in all); "
+            "expected the files of the causal language model that its config.json describes"
+        )
+    if not known:
         raise UserError(
             f"model {source}: its tokenizer knows no text; expected the tokenizer's files beside the model's"
         )
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > vocabulary:
+    stop = getattr(model.generation_config, "eos_token_id", None)
+    if not all(has_type(token, int) for token in (stop if isinstance(stop, list) else [stop or 0])):
+        raise UserError(f"model {source}: its eos_token_id is {stop!r}; expected the id of a token, or a list of ids")
+    try:
+        prompt_ids(tokenizer, "1 + 1")
+    except Exception as reason:  # a chat template is a program of the folder's
         raise UserError(
-            f"model {source}: its tokenizer has {len(tokenizer)} tokens, its embedding only {vocabulary}; "
+            f"model {source}: its chat template cannot be used ({type(reason).__name__}: {in_short(reason)}); "
+            "expected one that takes a user's message, or none"
+        ) from reason
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if (tokens := 1 + max(tokenizer.get_vocab().values())) > vocabulary:
+        raise UserError(
+            f"model {source}: its tokenizer has {tokens} tokens, its embedding only {vocabulary}; "
             "expected a tokenizer made for this model"
         )
     return model.to(device).eval(), tokenizer
@@ -176,7 +202,9 @@ def checkpoints(out: Path) -> list[Path]:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint: a file that is missing, or is not what was written. None if it is whole."""
     try:
-        seal = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        seal = from_json((folder / SEAL).read_text(encoding="utf-8"))
+        if folder.name != f"step-{seal['steps_done']:06d}":
+            return f"{SEAL} is damaged"
         for name, expected in seal["sha256"].items():
             if checksum(folder / name) != expected:
                 return f"{name} is damaged"
@@ -206,9 +234,14 @@ def newest_whole(out: Path) -> Path | None:
 def resume(trainer: CLIPO, folder: Path) -> None:
     """Bring a freshly made trainer (of the run's first model and settings) to the state in `folder`."""
     model, _ = load_model(str(folder), "cpu")  # a GPU need not hold it twice
-    trainer.policy.load_state_dict(model.state_dict())
     device = str(trainer.policy.device)
-    trainer.head.load_state_dict(load_file(folder / "head.safetensors", device=device))
+    try:
+        trainer.policy.load_state_dict(model.state_dict())
+        trainer.head.load_state_dict(load_file(folder / "head.safetensors", device=device))
+    except RuntimeError as reason:  # its files are whole; settings.json has no checksum
+        raise UserError(
+            f"{folder} is of another model than the run's settings.json; expected both of one run"
+        ) from reason
     moments: dict[str, dict[int, dict[str, Tensor]]] = {"policy": {}, "head": {}}
     for key, value in load_file(folder / "optimizers.safetensors", device=device).items():
         name, i, kind = key.split("/")
@@ -225,6 +258,25 @@ def refuse_links(out: Path) -> None:
             raise UserError(f"{path} is a link to {os.readlink(path)}; expected a run's folder without links")
 
 
+@contextmanager
+def only_one(lock: Path, wait: str = ""):
+    """While it lasts, no other process has this lock, a file. If one has it: UserError; with `wait`, a text, it is said
+    and waited for. The system lets go of a lock when its process ends, however it ends. (On Windows nothing is locked.)
+    """
+    with lock.open("a") as handle:
+        if fcntl is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as taken:
+                if not wait:
+                    raise UserError(
+                        f"{lock.parent} is being written by another process; expected another --out, or to wait for it"
+                    ) from taken
+                print(wait, file=sys.stderr)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
 # ----------------------------------------------------------------------------------------------------
 # Files
 # ----------------------------------------------------------------------------------------------------
@@ -233,18 +285,51 @@ def refuse_links(out: Path) -> None:
 def read_settings(run: Path) -> dict | None:
     """What a run was begun with ("model", "data", "config", ...); None for a folder (or name) that is no run.
 
-    Raises UserError for settings that cannot be read.
+    A hyperparameter that is newer than the run has its default. Raises UserError for settings that cannot be read.
     """
     file = run / "settings.json"
     if not file.is_file():
         return None
+    settings = read_json(file, {"model": str, "data": str, "config": dict})
+    config, names = settings["config"], [f.name for f in fields(CLIPOConfig)]
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict) or {"model", "data", "config"} - set(settings):
-            raise ValueError("it has no model, data and config")
+        checked = CLIPOConfig(**{name: config[name] for name in names if name in config})
+    except ValueError as reason:
+        raise UserError(f"{file} cannot be used ({reason}); expected what train.py wrote") from reason
+    return {**settings, "config": {**config, **asdict(checked)}}
+
+
+def read_json(file: Path, shape):
+    """What a JSON file of ours holds, in the shape that `misfit` describes. Raises UserError."""
+    try:
+        value = from_json(file.read_text(encoding="utf-8"))
+        if wrong := misfit(value, shape):
+            raise ValueError(wrong)
     except (OSError, ValueError) as reason:
         raise UserError(f"{file} cannot be read ({reason}); expected what train.py wrote") from reason
-    return settings
+    return value
+
+
+def misfit(value, shape, name: str = "it") -> str | None:
+    """What is wrong with a JSON value that should have a certain shape; None if it fits.
+
+    shape: a type, `float | None` say; [shape], a list of such; or {"name": shape}, an object with at least these.
+
+    >>> misfit({"step": 1, "texts": ["a", 2]}, {"step": int, "texts": [str]})
+    'texts[1] is int, not str'
+    """
+    if isinstance(shape, list) and isinstance(value, list):
+        parts = [(part, shape[0], f"{name}[{i}]") for i, part in enumerate(value)]
+    elif isinstance(shape, dict) and isinstance(value, dict):
+        if missing := [key for key in shape if key not in value]:
+            return f"{name} has no {missing[0]}"
+        parts = [(value[key], part, key) for key, part in shape.items()]
+    elif not isinstance(shape, list | dict) and has_type(value, shape):
+        return None
+    else:
+        wanted = type(shape) if isinstance(shape, list | dict) else shape
+        return f"{name} is {type(value).__name__}, not {getattr(wanted, '__name__', wanted)}"
+    return next(filter(None, (misfit(*part) for part in parts)), None)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -258,23 +343,36 @@ def write_text(file: Path, text: str) -> None:
     aside.replace(file)
 
 
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Put tensors in place of a file, at once. Raises OSError."""
+    aside = file.with_name(file.name + ".new")
+    try:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, aside)
+    except SafetensorError as reason:  # what it makes of a full disk
+        raise OSError(None, str(reason), str(aside)) from reason
+    flush(aside)
+    aside.replace(file)
+
+
 def append_line(file: Path, row: dict) -> None:
     """Add one line of JSON."""
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def read_lines(file: Path) -> list[dict]:
+def read_lines(file: Path, shape: dict | None = None) -> list[dict]:
     """All whole lines of a JSONL file ([] where there is none); one that a kill cut short is skipped.
 
-    Raises ValueError for a line that is no JSON, by its number.
+    Raises UserError for a line that is no JSON, or no object of the `shape` that `misfit` describes, by its number.
     """
     rows = []
     for number, line in enumerate(whole_lines(file), 1):
         try:
-            rows.append(json.loads(line))
+            rows.append(from_json(line))
         except ValueError as reason:
-            raise ValueError(f"{file}, line {number} is no JSON ({reason})") from reason
+            raise UserError(f"{file}, line {number} is no JSON ({reason}); expected an object per line") from reason
+        if wrong := misfit(rows[-1], shape or {}):
+            raise UserError(f"{file}, line {number}: {wrong}; expected what train.py or eval.py wrote")
     return rows
 
 
@@ -295,7 +393,7 @@ def keep_until(file: Path, step: int) -> None:
     kept = []
     for line in whole_lines(file):
         try:
-            row = json.loads(line)
+            row = from_json(line)
             if row["step"] > step:
                 break
         except (ValueError, KeyError, TypeError):

@@ -11,6 +11,7 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import get_args, get_type_hints
 
 import torch
 
@@ -24,6 +25,27 @@ def setting(default, meaning: str, source: str, *, low=None, high=None, above=No
     """A field of `CLIPOConfig`: its meaning, its source, its range (>= low, <= high, > above, or one of choices)."""
     about = {"meaning": meaning, "source": source, "low": low, "high": high, "above": above, "choices": choices}
     return field(default=default, metadata=about)
+
+
+def has_type(value, wanted) -> bool:
+    """Is it a `wanted`, told apart as in JSON? An int is a float too, True is no int, and an int is below 2**53.
+
+    >>> has_type(1, float | None), has_type(True, int), has_type(None, str), has_type(10**99, int)
+    (True, False, False, False)
+    """
+    kinds = get_args(wanted) or (wanted,)
+    if type(value) is int:
+        return (int in kinds or float in kinds) and abs(value) < 2**53
+    return type(value) in kinds
+
+
+def check_types(settings) -> None:
+    """Raise ValueError for the first field of a dataclass that has another type than it says."""
+    wanted = get_type_hints(type(settings))
+    for f in fields(settings):
+        if not has_type(value := getattr(settings, f.name), wanted[f.name]):
+            shown = repr(value) if isinstance(value, str | int | float) else f"of type {type(value).__name__}"
+            raise ValueError(f"{f.name} is {shown:.60}; expected {f.type}")
 
 
 def computes_in_bfloat16(device: str) -> bool:
@@ -57,10 +79,10 @@ INFORMATIVE = dict(
 class CLIPOConfig:
     """Every hyperparameter; the defaults are the paper's for GSM8K. Raises ValueError for a value out of range."""
 
-    steps: int = setting(84, "training steps, head warm-up included", "paper: 6 epochs of 14", low=1)
-    prompts_per_step: int = setting(512, "prompts in a step", "paper", low=1)
+    steps: int = setting(84, "training steps, head warm-up included", "paper: 6 epochs of 14", low=1, high=10**6)
+    prompts_per_step: int = setting(512, "prompts in a step", "paper", low=1, high=10**6)
     mini_batch_prompts: int = setting(256, "prompts in one policy update at most", "paper", low=1)
-    samples_per_prompt: int = setting(16, "rollouts of one prompt, the group size G", "paper", low=2)
+    samples_per_prompt: int = setting(16, "rollouts of one prompt, the group size G", "paper", low=2, high=10**4)
     max_prompt_tokens: int = setting(512, "longer prompts are dropped", "paper", low=1)
     max_new_tokens: int = setting(2048, "tokens of a rollout at most", "paper", low=1)
     temperature: float = setting(1.0, "sampling temperature of rollouts", "paper", above=0)
@@ -92,7 +114,7 @@ class CLIPOConfig:
         False, "control: deal the contrastive rewards out anew among the anchors of each group", "ours"
     )
     center_hidden: bool = setting(False, "subtract the group's mean from the hidden states", "paper: off; ours: on")
-    d_embed: int = setting(512, "embedding width E of the head", "paper", low=1)
+    d_embed: int = setting(512, "embedding width E of the head", "paper", low=1, high=2**16)
     head_mlp: bool = setting(False, "MLP head in place of a linear one", "authors' code")
     head_lr: float = setting(1e-3, "head learning rate (AdamW)", "paper", low=0)
     head_weight_decay: float = setting(0.01, "head weight decay", "paper", low=0)
@@ -121,6 +143,7 @@ class CLIPOConfig:
     seed: int = setting(0, "seed of every random draw", "", low=0)
 
     def __post_init__(self):
+        check_types(self)
         for f in fields(self):
             value, about = getattr(self, f.name), f.metadata
             if value is None and f.default is None:

@@ -13,6 +13,11 @@ rollouts.jsonl with a line for each problem. Stopped? The same command with --re
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from problems import one_line_for_ctrl_c
+
+    one_line_for_ctrl_c()
+
 import argparse
 import json
 import math
@@ -426,14 +431,37 @@ def begin(settings: Evaluation, out: Path, resume: bool) -> list[dict]:
     wanted, file = asdict(settings), out / "settings.json"
     rows = checkpoint.read_lines(out / "rollouts.jsonl") if file.is_file() else []
     if rows:
-        before = json.loads(file.read_text(encoding="utf-8"))
         if not resume:
             raise UserError(f"{out} already holds an evaluation; go on with --resume, or choose another --out")
+        check_rows(rows, out / "rollouts.jsonl")
+        before = checkpoint.read_json(file, {})
         if changed := [name for name in wanted if before.get(name) != wanted[name] and name != "cuda_graphs"]:
             raise UserError(f"{out} was begun with another {', '.join(changed)}; leave it so, or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
     return rows
+
+
+ROW = {
+    "benchmark": str, "problem": int, "gold": str, "lengths": [int], "cut_off": [bool], "answers": [str | None],
+    "correct": [bool], "seconds": float,
+}  # fmt: skip
+
+
+def check_rows(rows: Sequence[dict], file: Path) -> None:
+    """Are these the lines of an evaluation, the samples of a benchmark equally many? Raises UserError."""
+    optional, first = {"texts": [str], "sound": [bool], "question": str}, {}
+    for number, row in enumerate(rows, 1):
+        shape = ROW | {name: kind for name, kind in optional.items() if name in row}
+        wrong = checkpoint.misfit(row, shape)
+        if not wrong:
+            samples = {name: len(row[name]) for name, kind in shape.items() if isinstance(kind, list)}
+            if samples != first.setdefault(row["benchmark"], samples) or len(set(samples.values())) > 1:
+                wrong = "it has not as many samples as the others"
+            elif 0 in samples.values():
+                wrong = "it has no samples"
+        if wrong:
+            raise UserError(f"{file}, line {number}: {wrong}; expected what eval.py wrote")
 
 
 def open_model(settings: Evaluation, device: torch.device):
@@ -490,6 +518,7 @@ def regrade(file: Path, lenient: bool) -> str:
     rows = checkpoint.read_lines(file)
     if not rows or "texts" not in rows[0]:
         raise UserError(f"{file} holds no texts; expected the rollouts.jsonl of an evaluation with --save-rollouts")
+    check_rows(rows, file)
     by_benchmark: dict[str, list[dict]] = {}
     for row in graded(rows, lenient=lenient):
         by_benchmark.setdefault(row["benchmark"], []).append(row)
@@ -502,9 +531,11 @@ def comparison(before: str, after: str) -> str:
     for folder in (before, after):
         found = [f for f in (Path(folder) / "rollouts.jsonl", Path(folder) / "eval" / "rollouts.jsonl") if f.is_file()]
         # A run's own folder holds the rollouts of its training; its evaluation lies in eval/.
-        if not found or "benchmark" not in (checkpoint.read_lines(found[-1]) or [{}])[0]:
+        rows = checkpoint.read_lines(found[-1]) if found else []
+        if not rows or "benchmark" not in rows[0]:
             raise UserError(f"{folder} holds no evaluation; run python eval.py {folder} first")
-        lines.append(checkpoint.read_lines(found[-1]))
+        check_rows(rows, found[-1])
+        lines.append(rows)
     results = compare(*lines)
     if not results:
         raise UserError(f"{before} and {after} have no problem in common; evaluate both on the same --data")

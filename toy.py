@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from engine.rollouts import generate, output_logits, pad_right
@@ -271,44 +272,76 @@ def make_model(size: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen
         return Qwen2ForCausalLM(config)
 
 
-def warm_start(
-    model,
-    tokenizer,
-    seed: int,
-    *,
-    world: World = WORLD,
-    batches: int = 800,
-    batch_size: int = 64,
-    lr: float = 3e-3,
-    on_batch: Callable[[float], None] = lambda loss: None,
-) -> None:
-    """Supervised training on demonstrations, in place: AdamW, lr up over a tenth of the batches, then down to 0."""
-    demonstrator = Demonstrator(seed, world)
-    budget = 1024 if model.device.type == "cpu" else 2**20  # tokens at once: what a core's cache holds; on a GPU all
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98))
-    rise = max(1, batches // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / rise, (batches - step) / max(1, batches - rise))
-    )
-    model.train()
-    for _ in range(batches):
-        texts = [" ".join(demonstrator.pair()) for _ in range(batch_size)]
+class WarmStart:
+    """Supervised training on demonstrations, in place: AdamW, lr up over a tenth of the batches, then down to 0.
+
+    `state` and `go_on_from` let it stop and go on, to the same bits.
+    """
+
+    def __init__(self, model, tokenizer, seed: int, *, world: World = WORLD, batches: int = 800, batch_size: int = 64):
+        self.model, self.tokenizer, self.batches, self.batch_size = model.train(), tokenizer, batches, batch_size
+        self.demonstrator, self.done = Demonstrator(seed, world), 0
+        self.optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98))
+
+    def batch(self) -> float:
+        """The next batch; its mean loss per token."""
+        tokenizer, device = self.tokenizer, self.model.device
+        budget = 1024 if device.type == "cpu" else 2**20  # tokens at once: what a core's cache holds; on a GPU all
+        texts = [" ".join(self.demonstrator.pair()) for _ in range(self.batch_size)]
         sequences = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
         predicted = sum(map(len, sequences)) - len(sequences)
         total = 0.0
         for rows in micro_batches([len(s) for s in sequences], budget):
-            tokens = pad_right([sequences[row] for row in rows], model.device)  # (rows, S)
-            states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]  # (rows, S - 1, D)
+            tokens = pad_right([sequences[row] for row in rows], device)  # (rows, S)
+            states = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[
+                :, :-1
+            ]  # (rows, S-1, D)
             real = tokens[:, 1:] != tokenizer.pad_token_id
-            logits = output_logits(model, states[real])  # (tokens to predict, V)
+            logits = output_logits(self.model, states[real])  # (tokens to predict, V)
             loss = F.cross_entropy(logits, tokens[:, 1:][real], reduction="sum") / predicted
             loss.backward()
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        on_batch(total)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        rise = max(1, self.batches // 10)
+        for group in self.optimizer.param_groups:
+            share = min((self.done + 1) / rise, (self.batches - self.done) / max(1, self.batches - rise))
+            group["lr"] = 3e-3 * share
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.done += 1
+        return total
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the batches to come depend on."""
+        weights = {f"weight/{name}": p.detach() for name, p in self.model.named_parameters()}
+        moments = {
+            f"moment/{i}/{kind}": value
+            for i, of_one in self.optimizer.state_dict()["state"].items()
+            for kind, value in of_one.items()
+        }
+        return {"done": torch.tensor(self.done), **weights, **moments}
+
+    def go_on_from(self, state: dict[str, Tensor]) -> None:
+        """Into a fresh warm start of the same seed. Raises KeyError for the state of something else."""
+        self.done = int(state["done"])
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.copy_(state[f"weight/{name}"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            if key.startswith("moment/"):
+                _, i, kind = key.split("/")
+                moments.setdefault(int(i), {})[kind] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        for _ in range(self.done * self.batch_size):  # demonstrations that were seen
+            self.demonstrator.pair()
+
+
+def warm_start(model, tokenizer, seed: int, *, on_batch: Callable[[float], None] = lambda loss: None, **chosen) -> None:
+    """A whole `WarmStart`; the model is in evaluation mode afterwards."""
+    training = WarmStart(model, tokenizer, seed, **chosen)
+    while training.done < training.batches:
+        on_batch(training.batch())
     model.eval()
 
 

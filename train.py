@@ -11,6 +11,11 @@ Everything that a run writes is described at the head of checkpoint.py.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from problems import one_line_for_ctrl_c
+
+    one_line_for_ctrl_c()
+
 import argparse
 import dataclasses
 import itertools
@@ -18,25 +23,28 @@ import json
 import os
 import random
 import shlex
-import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import checkpoint
 import toy
 from clipo import Scored
-from config import ENGINES, TRACKS, CLIPOConfig, add_options, config_from
+from config import ENGINES, TRACKS, CLIPOConfig, add_options, check_types, config_from
+from engine.graphs import CaptureFailed, captures_failed, ran_out_of_memory
 from engine.guard import OutOfMemory, Trainer
 from engine.memory import device_bytes, fitting, memory_plan
 from engine.report import write_report
-from engine.rollouts import CaptureFailed, captures_failed, ran_out_of_memory
 from eval import wilson
 from problems import SUFFIX, TRAINING_SETS, OptionParser, Problem, UserError, are_correct, load_problems, prompt_ids
 
@@ -130,6 +138,14 @@ class Settings:
     command: str = ""  # that began the run
     engine: str = "fast"  # whose functions computed it; (all runs from before there was a choice)
 
+    def __post_init__(self):
+        check_types(self)
+        for name, known in (("track", TRACKS), ("size", toy.SIZES), ("engine", ENGINES)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} is {value!r}; expected one of: {', '.join(known)}")
+        if self.warm_start_batches < 1:
+            raise ValueError(f"warm_start_batches is {self.warm_start_batches}; expected 1 or more")
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line. An option that is not given is absent from the result, so that --resume can tell."""
@@ -199,7 +215,10 @@ def settings_of_run(given: dict, out: Path) -> Settings:
         differences = ", ".join(f"--{n.replace('_', '-')} was {before[n]}, given {given[n]}" for n in changed)
         raise UserError(f"{out} was begun with other settings: {differences}; leave them out, or choose another --out")
     if given.get("steps", settings.config.steps) != settings.config.steps:
-        settings.config = dataclasses.replace(settings.config, steps=given["steps"])
+        try:
+            settings.config = dataclasses.replace(settings.config, steps=given["steps"])
+        except ValueError as reason:
+            raise UserError(f"--{reason}") from reason
         settings.command += f" --steps {given['steps']}"
     return settings
 
@@ -218,8 +237,48 @@ def default_out(settings: Settings) -> Path:
 # ----------------------------------------------------------------------------------------------------
 
 
+class StopAsked:
+    """Ctrl-C and a polite kill. While something is being finished (`finishing`) the first one only raises a flag; else,
+    and the second time, it stops at once by KeyboardInterrupt. Afterwards all is as it was."""
+
+    def __init__(self):
+        self.asked, self.at_work = False, ""
+
+    def __enter__(self) -> StopAsked:
+        self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def __call__(self, number, frame):
+        if self.asked or not self.at_work:
+            raise KeyboardInterrupt
+        self.asked = True
+        tqdm.write(f"stopping after this {self.at_work} (once more: at once, without saving)")
+
+
+@contextmanager
+def finishing(stop: StopAsked | None, at_work: str):
+    """What is at work in here is finished before a stop is obeyed; who does it looks at `stop.asked`."""
+    if stop is not None:
+        stop.at_work = at_work
+    try:
+        yield
+    finally:
+        if stop is not None:
+            stop.at_work = ""
+
+
 def warm_started(
-    runs: Path, size: str, seed: int, batches: int, device: torch.device, world: toy.World = toy.WORLD
+    runs: Path,
+    size: str,
+    seed: int,
+    batches: int,
+    device: torch.device,
+    world: toy.World = toy.WORLD,
+    stop: StopAsked | None = None,
 ) -> Path:
     """The folder of the toy world's warm-started model, made on first use and kept for the next run."""
     changed = [  # (how often the friend is right on a test does not show in demonstrations)
@@ -228,25 +287,48 @@ def warm_started(
         if f.name != "friend_right" and getattr(world, f.name) != getattr(toy.WORLD, f.name)
     ]
     folder = runs / "-".join([f"warm-start-{size}-seed{seed}-{batches}", *changed])
-    if not folder.is_dir():
-        tokenizer = toy.make_tokenizer()
-        model = toy.make_model(size, tokenizer, seed).to(device)
-        parameters = sum(p.numel() for p in model.parameters())
-        with tqdm(total=batches, desc=f"warm start ({parameters / 1e6:.2f}M parameters)") as bar:
-
-            def show(loss: float) -> None:
-                bar.set_postfix(loss=f"{loss:.2f}", refresh=False)
-                bar.update()
-
-            toy.warm_start(model, tokenizer, seed, world=world, batches=batches, on_batch=show)
-        aside = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        if folder.is_dir():  # another process was faster, with the same result
-            shutil.rmtree(aside)
-        else:
-            aside.rename(folder)
+    with checkpoint.only_one(Path(f"{folder}.lock"), wait=f"{folder} is being made by another process: waiting for it"):
+        if not folder.is_dir():
+            make_warm_start(folder, size, seed, batches, device, world, stop)
     return folder.resolve()
+
+
+SECONDS_AT_RISK = 20  # of a warm start, at most, when a plug is pulled
+
+
+def make_warm_start(
+    folder: Path, size: str, seed: int, batches: int, device: torch.device, world: toy.World, stop: StopAsked | None
+) -> None:
+    """Train it, or go on where that was stopped. Raises KeyboardInterrupt, saved, if `stop` was asked."""
+    tokenizer = toy.make_tokenizer()
+    model = toy.make_model(size, tokenizer, seed).to(device)
+    training = toy.WarmStart(model, tokenizer, seed, world=world, batches=batches)
+    part = Path(f"{folder}.part.safetensors")
+    try:
+        if part.exists():
+            training.go_on_from(load_file(part, device=str(device)))
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as reason:
+        raise UserError(f"{part} cannot be used ({reason}); delete it, and the warm start begins anew") from reason
+    parameters, saved = sum(p.numel() for p in model.parameters()), time.monotonic()
+    title = f"warm start ({parameters / 1e6:.2f}M parameters)"
+    with tqdm(total=batches, initial=training.done, desc=title) as bar, finishing(stop, "batch"):
+        while training.done < batches:
+            bar.set_postfix(loss=f"{training.batch():.2f}", refresh=False)
+            bar.update()
+            asked = stop is not None and stop.asked
+            if asked or time.monotonic() - saved > SECONDS_AT_RISK:
+                checkpoint.write_tensors(part, training.state())
+                saved = time.monotonic()
+            if asked:
+                raise KeyboardInterrupt(
+                    f"stopped in the warm start, after batch {training.done} of {batches}; it is kept, and the same "
+                    "command goes on"
+                )
+    aside = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
+    model.eval().save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    aside.rename(folder)
+    part.unlink(missing_ok=True)
 
 
 def logged_groups(
@@ -293,21 +375,6 @@ def logged_groups(
         }
 
 
-class StopAsked:
-    """Ctrl-C and a polite kill raise a flag: the step at work is finished and saved. The second one stops at once."""
-
-    def __init__(self):
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self)
-
-    def __call__(self, number, frame):
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        tqdm.write("stopping after this step (once more: at once, without saving)")
-
-
 def take_step(trainer: Trainer, task: ToyTask | DataTask) -> tuple[dict, list[Problem], list[list[bool]] | None]:
     """The next step; its metrics, the problem of each group, and on the toy world which rollouts of it are sound."""
     drawn: list[Problem] = []
@@ -330,11 +397,12 @@ def take_step(trainer: Trainer, task: ToyTask | DataTask) -> tuple[dict, list[Pr
 MOST_SKIPPED = 3  # steps in a row
 
 
-def train(trainer: Trainer, task: ToyTask | DataTask, out: Path, save_every: int, log_groups: int) -> str | None:
+def train(
+    trainer: Trainer, task: ToyTask | DataTask, out: Path, save_every: int, log_groups: int, stop: StopAsked
+) -> str | None:
     """Run the remaining steps; what ended them early, if anything did. The state is saved in any case."""
-    config, stop = trainer.config, StopAsked()
-    early, skipped = None, 0
-    with tqdm(total=config.steps, initial=trainer.steps_done, desc=out.name) as bar:
+    config, early, skipped = trainer.config, None, 0
+    with tqdm(total=config.steps, initial=trainer.steps_done, desc=out.name) as bar, finishing(stop, "step"):
         while trainer.steps_done < config.steps and not early:
             sizes = dict(trainer.sizes)
             metrics, problems, sound = take_step(trainer, task)
@@ -353,7 +421,7 @@ def train(trainer: Trainer, task: ToyTask | DataTask, out: Path, save_every: int
                 early = "stopped"
             if trainer.steps_done % save_every == 0 or trainer.steps_done == config.steps or early:
                 checkpoint.save(trainer, out)
-    return early
+    return early or ("stopped" if stop.asked else None)
 
 
 def show_step(bar: tqdm, metrics: dict, sizes_before: dict[str, int], sizes: dict[str, int]) -> None:
@@ -454,13 +522,14 @@ def check_room(policy, longest_prompt: int, max_new_tokens: int) -> None:
         )
 
 
-def open_run(settings: Settings, out: Path, device: torch.device, resume: bool) -> tuple[Trainer, ToyTask | DataTask]:
+def open_run(
+    settings: Settings, out: Path, device: torch.device, resume: bool, stop: StopAsked
+) -> tuple[Trainer, ToyTask | DataTask]:
     """The trainer and its task, as they begin or as the last checkpoint left them. Raises UserError, OSError."""
     config = settings.config
-    out.mkdir(parents=True, exist_ok=True)
     if settings.model is None:
         batches = settings.warm_start_batches
-        settings.model = str(warm_started(out.parent, settings.size, config.seed, batches, device))
+        settings.model = str(warm_started(out.parent, settings.size, config.seed, batches, device, stop=stop))
     policy, tokenizer = checkpoint.load_model(settings.model, device)
     task = ToyTask(config) if settings.data == "toy" else DataTask(config, settings.data, tokenizer)
     check_room(policy, task.longest_prompt, config.max_new_tokens)
@@ -478,19 +547,11 @@ def open_run(settings: Settings, out: Path, device: torch.device, resume: bool) 
     return trainer, task
 
 
-def run(given: dict) -> int:
-    """The whole command; returns its exit status. Raises UserError."""
-    settings, out = settings_and_folder(given)
-    checkpoint.refuse_links(out)
-    device, config = checkpoint.device_from(given.get("device")), settings.config
+@contextmanager
+def one_line_for(out: Path):
+    """What a folder, a GPU or too little memory can do to a run becomes UserError."""
     try:
-        trainer, task = open_run(settings, out, device, given.get("resume", False))
-        if config.weight > 0 and config.steps <= config.head_warmup_steps:
-            print(f"all {config.steps} steps are head warm-up (--head-warmup-steps {config.head_warmup_steps}): "
-                  "the policy will not change")  # fmt: skip
-        show_plan(trainer, task.longest_prompt)
-        early = train(trainer, task, out, given.get("save_every", 20), given.get("log_groups", 2))
-        write_report([out])
+        yield
     except OSError as reason:
         why = f"{reason.filename or out}: {reason.strerror or reason}"
         raise UserError(f"{why}; expected a folder with room that can be written; what was saved stays") from reason
@@ -503,15 +564,43 @@ def run(given: dict) -> int:
         raise UserError(
             f"{why}; expected a smaller --max-new-tokens or model, or more memory; what was saved stays"
         ) from reason
-    if early:
-        go_on = f"python train.py --resume --out {shlex.quote(str(out))}"
-        print(f"{early}; saved after step {trainer.steps_done}; to go on: {go_on}")
-        return 130 if early == "stopped" else 1
-    if settings.data == "toy":
-        base, _ = checkpoint.load_model(settings.model, device)
-        finish_toy(settings, trainer, out, base, given.get("test_stories", 300))
-    print(f"\n{out} holds the model, metrics.jsonl, rollouts.jsonl; open {out / 'report.html'} in a browser")
+
+
+def run(given: dict) -> int:
+    """The whole command; returns its exit status. Raises UserError, and KeyboardInterrupt that says what is kept."""
+    settings, out = settings_and_folder(given)
+    checkpoint.refuse_links(out)
+    device, config = checkpoint.device_from(given.get("device")), settings.config
+    go_on = f"python train.py --resume --out {shlex.quote(str(out))}"
+    with one_line_for(out), StopAsked() as stop:
+        out.mkdir(parents=True, exist_ok=True)
+        with checkpoint.only_one(out / "lock"):
+            trainer, task = open_run(settings, out, device, given.get("resume", False), stop)
+            if config.weight > 0 and config.steps <= config.head_warmup_steps:
+                print(f"all {config.steps} steps are head warm-up (--head-warmup-steps {config.head_warmup_steps}): "
+                      "the policy will not change")  # fmt: skip
+            show_plan(trainer, task.longest_prompt)
+            early = train(trainer, task, out, given.get("save_every", 20), given.get("log_groups", 2), stop)
+            if early and trainer.steps_done < config.steps:
+                write_report([out])
+                print(f"{early}; saved after step {trainer.steps_done}; to go on: {go_on}")
+                return 130 if early == "stopped" else 1
+            try:
+                finish(settings, trainer, out, given.get("test_stories", 300), stop)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"stopped; all steps are done and saved; for page and table: {go_on}") from None
     return 0
+
+
+def finish(settings: Settings, trainer: Trainer, out: Path, test_stories: int, stop: StopAsked) -> None:
+    """What comes when all steps are done: the page, and on the toy world the table."""
+    if stop.asked:  # while the last step was saved
+        raise KeyboardInterrupt
+    write_report([out])
+    if settings.data == "toy":
+        base, _ = checkpoint.load_model(settings.model, trainer.policy.device)
+        finish_toy(settings, trainer, out, base, test_stories)
+    print(f"\n{out} holds the model, metrics.jsonl, rollouts.jsonl; open {out / 'report.html'} in a browser")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -524,8 +613,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # outside the training steps, or for the second time
-        print("stopped; what was saved before stays", file=sys.stderr)
+    except KeyboardInterrupt as stopped:  # without a text: outside the training steps, or for the second time
+        print(str(stopped) or "stopped; what was saved before stays", file=sys.stderr)
         return 130
 
 

@@ -13,6 +13,11 @@ even where there are none. So each panel carries two numbers, computed in the or
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from problems import one_line_for_ctrl_c
+
+    one_line_for_ctrl_c()
+
 import argparse
 import math
 import sys
@@ -67,7 +72,7 @@ def purity(points: np.ndarray, right: np.ndarray, question: np.ndarray, neighbou
     """
     if not right.any():
         return None
-    search = NearestNeighbors(n_neighbors=neighbours + 1, metric="cosine").fit(points)
+    search = NearestNeighbors(n_neighbors=min(neighbours + 1, len(points)), metric="cosine").fit(points)
     near = search.kneighbors(points[right], return_distance=False)
     rows = np.flatnonzero(right)
     shares = []
@@ -82,15 +87,19 @@ def purity(points: np.ndarray, right: np.ndarray, question: np.ndarray, neighbou
 # ----------------------------------------------------------------------------------------------------
 
 
-def load_head(run: Path, config: dict, device: torch.device) -> ContrastiveHead:
-    """A run's contrastive head. Raises UserError."""
+def load_head(run: Path, config: dict, d_model: int, device: torch.device) -> ContrastiveHead:
+    """A run's contrastive head, over hidden states of width d_model. Raises UserError."""
     try:
         weights = load_file(run / "head.safetensors", device=str(device))
     except (OSError, SafetensorError) as reason:
         raise UserError(f"{run} has no contrastive head; expected a run of train.py that has saved one") from reason
-    d_model = next(iter(weights.values())).shape[1]  # of the first layer
     head = ContrastiveHead(d_model, config["d_embed"], config["head_mlp"]).to(device)
-    head.load_state_dict(weights)
+    try:
+        head.load_state_dict(weights)
+    except RuntimeError as reason:
+        raise UserError(
+            f"{run}/head.safetensors does not fit its model and settings; expected all of one run"
+        ) from reason
     return head
 
 
@@ -135,7 +144,8 @@ def panels(models: Sequence[str], problems: Sequence[Problem], given: argparse.N
         except (ValueError, NotImplementedError) as reason:
             raise UserError(f"model {source}: {reason}") from reason
         if name != "before" and (settings := checkpoint.read_settings(Path(source))):
-            head, hidden = load_head(Path(source), settings["config"], device), one["hidden"]
+            hidden = one["hidden"]
+            head = load_head(Path(source), settings["config"], hidden.shape[-1], device)
             if settings["config"]["center_hidden"]:
                 hidden = hidden - hidden.mean(1, keepdim=True)
             with torch.no_grad():
@@ -152,6 +162,7 @@ CAPTION = (
     "A t-SNE picture alone proves nothing. Silhouette (right against wrong, within a question) and purity (10 nearest "
     "neighbours)\nare computed in the original space, with cosine distance."
 )
+FEWEST = 10  # points of a picture
 SPACES = {"hidden": "mean hidden state h", "z": "the head's embedding z"}
 
 
@@ -195,7 +206,7 @@ def draw(found: dict[str, dict], file: Path, *, perplexity: float, seed: int, by
     )
     for row, (space, title) in zip(axes, SPACES.items(), strict=True):
         for axis, (name, one) in zip(row, found.items(), strict=True):
-            axis.set(xticks=[], yticks=[], title=f"{name}: {title}")
+            axis.set(xticks=[], yticks=[], title=f"{name}: {title}".replace("$", "\\$"))  # no formula
             if space not in one:
                 axis.text(0.5, 0.5, "no head", ha="center", transform=axis.transAxes)
                 continue
@@ -243,13 +254,29 @@ def load_points(file: Path) -> dict[str, dict]:
     found: dict[str, dict] = {}
     try:
         with np.load(file) as points:
-            for key in points:
-                name, kind = key.rsplit("/", 1)
-                values = points[key]
-                found.setdefault(name, {})[kind] = values.astype(np.float32) if values.dtype == np.float16 else values
-    except (OSError, ValueError) as reason:
+            arrays = {key: points[key] for key in points}
+    except Exception as reason:  # numpy and zipfile raise a dozen classes for what is no .npz, or a broken one
         raise UserError(f"{file} cannot be read; expected a tsne.npz that this command wrote") from reason
+    for key, values in arrays.items():
+        name, _, kind = key.rpartition("/")
+        found.setdefault(name, {})[kind] = values.astype(np.float32) if values.dtype == np.float16 else values
+    for name, one in found.items():
+        if not {"hidden", "right", "question"} <= set(one) or not all(map(is_points, one, one.values())):
+            wrong = f"the arrays of {name!r} are no points with verdicts" if name else "its arrays have no model's name"
+            raise UserError(f"{file}: {wrong}; expected a tsne.npz that this command wrote")
+        if len({len(values) for values in one.values()}) > 1:
+            raise UserError(f"{file}: the arrays of {name!r} are not equally long; expected all of one picture")
+    if not found:
+        raise UserError(f"{file} is empty; expected a tsne.npz that this command wrote")
     return found
+
+
+def is_points(kind: str, values: np.ndarray) -> bool:
+    """Is an array of a tsne.npz what its name says: points (B, width), or (B,) of verdicts or numbers?"""
+    if kind in SPACES:
+        fits = values.ndim == 2 and len(values) >= FEWEST and values.shape[1] > 1 and values.dtype == np.float32
+        return fits and bool(np.isfinite(values).all())
+    return values.ndim == 1 and values.dtype == {"right": bool, "sound": bool, "question": np.int64}.get(kind)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -273,8 +300,11 @@ def run(given: argparse.Namespace) -> None:
     for option in ("questions", "samples", "max_new_tokens", "perplexity"):
         if (value := getattr(given, option)) is not None and not 1 <= value < math.inf:
             raise UserError(f"--{option.replace('_', '-')} is {value}; expected 1 or more")
-    if given.questions * given.samples < 10:
-        raise UserError(f"{given.questions * given.samples} rollouts are too few for a picture; expected 10 or more")
+    if given.questions * given.samples < FEWEST:
+        few = f"{given.questions * given.samples} rollouts are too few for a picture"
+        raise UserError(f"{few}; expected {FEWEST} or more")
+    if not 0 <= given.seed < 2**32:
+        raise UserError(f"--seed is {given.seed}; expected 0 to {2**32 - 1}")
     if bool(given.runs) == bool(given.redraw):
         raise UserError("expected either runs (or models) or --redraw with a tsne.npz")
     if given.redraw:

@@ -24,8 +24,9 @@ from clipo import Pairs, Rollouts, Scored
 from config import ENGINES, CLIPOConfig
 from engine import rollouts as fast_rollouts
 from engine import update as fast_update
+from engine.graphs import ran_out_of_memory
 from engine.metrics import describe
-from engine.rollouts import check_model, ran_out_of_memory
+from engine.rollouts import check_model
 
 
 class BrokenNumbers(ArithmeticError):

@@ -32,8 +32,9 @@ def read_run(folder: Path) -> dict:
     if (settings := checkpoint.read_settings(folder)) is None:
         raise UserError(f"{folder} holds no run (no settings.json); expected the folder of a run of train.py")
     try:
-        metrics, groups = (checkpoint.read_lines(folder / name) for name in ("metrics.jsonl", "rollouts.jsonl"))
-    except (OSError, ValueError) as reason:
+        metrics = checkpoint.read_lines(folder / "metrics.jsonl", {"step": int, "seconds": dict})
+        groups = checkpoint.read_lines(folder / "rollouts.jsonl", {"step": int, "rollouts": [{"text": str}]})
+    except (OSError, UserError) as reason:
         raise UserError(f"{folder}: its lines cannot be read ({reason}); expected what train.py wrote") from reason
     config = settings.pop("config")
     if not metrics:

@@ -5,7 +5,7 @@ What it saves, each in a function or class of its own:
                       row until the last has ended, and holds all rollouts at once
     cached_attention  no keys are repeated for grouped heads, and only slots in use are read
     weight_first      few rows times a large matrix on a CPU, the right way round
-    CapturedSteps     on a GPU a decode step is one CUDA graph, not a thousand launches
+    CapturedSteps     on a GPU a decode step is one CUDA graph, not a thousand launches (engine/graphs.py)
 It also serves what the plain loop does not: sliding windows, softcaps (`attention_mask`, `cached_attention`).
 tests/test_plain_equals_engine.py holds the two equal.
 """
@@ -13,14 +13,12 @@ tests/test_plain_equals_engine.py holds the two equal.
 from __future__ import annotations
 
 import math
-import warnings
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +27,7 @@ from transformers import AttentionInterface
 
 from clipo import Rollouts, exact
 from config import check_generate_arguments
+from engine.graphs import CapturedSteps
 
 # ----------------------------------------------------------------------------------------------------
 # A forward pass: cache, attention, mask
@@ -347,74 +346,6 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_
         chosen = torch.searchsorted(cdf, threshold[:, None], right=True)[:, 0]
         chosen = chosen.clamp(max=logits.shape[-1] - 1)  # where the logits are NaN, so is the log-prob: no crash here
     return chosen, probs.gather(-1, chosen[:, None])[:, 0].log()
-
-
-# ----------------------------------------------------------------------------------------------------
-# CUDA graphs
-# ----------------------------------------------------------------------------------------------------
-
-
-def ran_out_of_memory(error: BaseException | None) -> bool:
-    """Is it this that went wrong, here or in what led here? torch has a class for it on a GPU only, and not for
-    cuBLAS, cuDNN and graphs; a capture that memory ends reports that it was ended."""
-    if error is None:
-        return False
-    words = "can't allocate memory", "out of memory", "ALLOC_FAILED"
-    if isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words):
-        return True
-    return ran_out_of_memory(error.__cause__ or error.__context__)
-
-
-class CaptureFailed(RuntimeError):
-    """CUDA graphs were asked for by name, and a decode step cannot be captured."""
-
-
-PLAIN_FIRST = 3  # (a choice, not a measurement: a capture takes about as long as two plain steps)
-captures_failed: WeakKeyDictionary = WeakKeyDictionary()  # model -> why its decode steps cannot be captured
-
-
-class CapturedSteps:
-    """Runs `step(rows, used)` on a GPU as one CUDA graph per (rows, used): no Python and no launches per kernel.
-
-    A decode step is about 25 kernels a layer, each shorter than its launch; a graph launches all of them at once. The
-    first steps of a kind run plainly (they load kernels and fill autocast's cache, and a kind that is rare is not worth
-    a capture), the next is captured, and from then on it is replayed. All that a step reads and writes must stay where
-    it is. A capture that fails is said once, and this model's steps run plainly from then on; if graphs are `demanded`,
-    it raises CaptureFailed.
-    """
-
-    def __init__(self, model, step: Callable[[int, int], None], demanded: bool):
-        self.model, self.step, self.demanded = model, step, demanded
-        self.seen: Counter[tuple[int, int]] = Counter()
-        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        self.pool = torch.cuda.graph_pool_handle()  # one memory for the intermediates of all graphs
-
-    def __call__(self, rows: int, used: int) -> None:
-        kind = rows, used
-        self.seen[kind] += 1
-        if kind not in self.graphs and self.seen[kind] > PLAIN_FIRST and self.model not in captures_failed:
-            self.capture(kind)
-        if kind in self.graphs:
-            self.graphs[kind].replay()
-        else:
-            self.step(rows, used)
-
-    def capture(self, kind: tuple[int, int]) -> None:
-        """Record a step without running it. Memory that runs out is for the caller to answer."""
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self.pool):
-                self.step(*kind)
-        except RuntimeError as reason:
-            if ran_out_of_memory(reason):
-                raise
-            why = f"a decode step cannot be captured as a CUDA graph ({reason})"
-            if self.demanded:
-                raise CaptureFailed(f"{why}; expected cuda_graphs=False, or None: where it works") from reason
-            captures_failed[self.model] = why
-            warnings.warn(f"{why}; rollouts go on without, slower", stacklevel=2)
-            return
-        self.graphs[kind] = graph
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
 import checkpoint
@@ -29,7 +30,7 @@ from clipo import end_of_sequence_ids
 from config import TRACKS, CLIPOConfig
 from engine.rollouts import generate
 from lab.trl_reward import ContrastiveReward, prompt_tokens
-from problems import SUFFIX, OptionParser, UserError, are_correct, load_problems, status_of
+from problems import SUFFIX, OptionParser, UserError, are_correct, from_json, load_problems, status_of
 
 
 def accuracy(completions: list, answer: list[str], **_) -> list[float]:
@@ -91,7 +92,7 @@ def chosen(pairs: Sequence[str]) -> dict:
         if not equals:
             raise UserError(f"{pair} is no setting; expected NAME=VALUE")
         try:
-            values[name] = json.loads(value)
+            values[name] = from_json(value)
         except ValueError:
             values[name] = value
     return values
@@ -100,6 +101,9 @@ def chosen(pairs: Sequence[str]) -> dict:
 def train(given: argparse.Namespace) -> None:
     """The whole run. Raises UserError."""
     model, tokenizer = checkpoint.load_model(given.model, "cpu")
+    problems = load_problems(given.data, "train")
+    if given.resume and not (given.out.is_dir() and get_last_checkpoint(str(given.out))):
+        raise UserError(f"{given.out} holds no checkpoint to resume from; expected --out with the folder of a run")
     track = given.data if given.data in TRACKS else "gsm8k"
     try:
         config = CLIPOConfig.for_track(track, **chosen(given.clipo))
@@ -112,12 +116,12 @@ def train(given: argparse.Namespace) -> None:
                 "loss_type": "dapo",  # the mean over all tokens, of all processes
                 "use_bias_correction_kl": False, "top_k": 0, "seed": config.seed, "use_vllm": given.vllm,
                 "log_completions": True, "num_completions_to_print": 1, "logging_steps": 1, "report_to": [],
+                "bf16": torch.cuda.is_available(),
                 **chosen(given.trl),
             }
         )  # fmt: skip
     except (TypeError, ValueError) as reason:
         raise UserError(f"--clipo or --trl: {reason}") from reason
-    problems = load_problems(given.data, "train")
     chat = tokenizer.chat_template is not None
     rows = [{"prompt": f"{problem.question}\n{SUFFIX}", "answer": problem.answer} for problem in problems]
     if chat:

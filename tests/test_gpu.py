@@ -11,6 +11,7 @@ from test_safety import TINY_RUN
 from test_step import ANSWERS, SMALL, TOKENIZER, even
 
 import checkpoint
+import engine.graphs as graphs
 import engine.rollouts as fast
 import eval as evaluation
 import toy
@@ -103,13 +104,13 @@ def test_a_capture_that_fails_is_said_once_and_the_run_goes_on(qwen2, monkeypatc
     assert_same(on_cpu(got), expected)
     with warnings.catch_warnings(action="error"):
         assert_same(on_cpu(roll_out(model)), expected)
-    assert "cannot be captured" in fast.captures_failed[model]
+    assert "cannot be captured" in graphs.captures_failed[model]
 
 
 @needs_gpu
 def test_graphs_asked_for_by_name_fail_loudly(qwen2, monkeypatch):
     while_capturing(monkeypatch, wait)
-    with pytest.raises(fast.CaptureFailed, match="cannot be captured as a CUDA graph"):
+    with pytest.raises(graphs.CaptureFailed, match="cannot be captured as a CUDA graph"):
         roll_out(copy.deepcopy(qwen2).cuda(), cuda_graphs=True)
 
 
@@ -126,13 +127,15 @@ def test_memory_that_runs_out_in_a_capture_halves_the_batch(monkeypatch):
 
     monkeypatch.setattr(fast, "sample", on_a_small_gpu)
     assert t.step(PROMPTS, ANSWERS)["skipped"] is None
-    assert failures and t.sizes["max_batch"] <= 4 and t.policy not in fast.captures_failed
+    assert failures and t.sizes["max_batch"] <= 4 and t.policy not in graphs.captures_failed
 
 
 @needs_gpu
 def test_only_what_comes_up_a_few_times_is_captured(qwen2, monkeypatch):
-    captured, capture = [], fast.CapturedSteps.capture
-    monkeypatch.setattr(fast.CapturedSteps, "capture", lambda self, kind: captured.append(kind) or capture(self, kind))
+    captured, capture = [], graphs.CapturedSteps.capture
+    monkeypatch.setattr(
+        graphs.CapturedSteps, "capture", lambda self, kind: captured.append(kind) or capture(self, kind)
+    )
     roll_out(copy.deepcopy(qwen2).cuda(), max_new_tokens=3)
     assert not captured
     roll_out(copy.deepcopy(qwen2).cuda(), max_new_tokens=40)
@@ -153,12 +156,13 @@ def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch):
 
 
 @needs_gpu
-def test_every_command_runs_and_writes_what_a_cpu_writes(tmp_path):
+@pytest.mark.parametrize("engine", ["plain", "fast"])
+def test_every_command_runs_and_writes_what_a_cpu_writes(tmp_path, engine):
     texts = {}
     for device in ("cpu", "cuda"):
         out = tmp_path / f"{device}-run"
-        options = [*TINY_RUN, "--max-new-tokens", "24", "--device", device, "--log-groups", "9", "--out", str(out)]
-        assert train.main([*options, "--steps", "2"]) == 0
+        options = [*TINY_RUN, "--engine", engine, "--max-new-tokens", "24", "--log-groups", "9", "--steps", "2"]
+        assert train.main([*options, "--device", device, "--out", str(out)]) == 0
         shared = ["--device", device, "--out", str(out)]
         assert train.main(["--resume", "--steps", "3", "--test-stories", "5", *shared]) == 0
         assert evaluation.main([str(out), "--limit", "5", *shared[:2], "--save-rollouts", "--dtype", "float32"]) == 0
@@ -176,7 +180,7 @@ def test_every_command_runs_and_writes_what_a_cpu_writes(tmp_path):
 def test_a_run_whose_captures_fail_says_so_in_its_log(tmp_path, monkeypatch, capsys):
     while_capturing(monkeypatch, wait)
     out = tmp_path / "run"
-    options = [*TINY_RUN, "--max-new-tokens", "24", "--device", "cuda", "--steps", "2"]
+    options = [*TINY_RUN, "--engine", "fast", "--max-new-tokens", "24", "--device", "cuda", "--steps", "2"]
     with pytest.warns(UserWarning, match="cannot be captured"):
         assert train.main([*options, "--out", str(out)]) == 0
     rows = checkpoint.read_lines(out / "metrics.jsonl")

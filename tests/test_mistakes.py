@@ -1,18 +1,28 @@
 """A user's mistakes, and the one line that each gets: what was given, what was expected, what to do."""
 
+import dataclasses
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import transformers
+from conftest import ROOT
 from datasets import Dataset
+from safetensors.torch import save_file
 
 import eval as evaluation
 import toy
 import train
 import tsne
 from engine import report
+from lab.attack import mistakes
 
 TRAIN = (
     "--model {model} --data {data} --prompts-per-step 2 --samples-per-prompt 2 --max-new-tokens 4 --steps 1 --out out"
@@ -46,6 +56,12 @@ def place(tmp_path_factory):
     rows("half.jsonl", good[0], "{half")
     rows("list.jsonl", [1, 2])
     rows("data.csv", "question,answer")
+    rows("deep.jsonl", good[0], 100_000 * "[")
+    rows("deep-row.jsonl", good[0], 400 * "[" + 400 * "]")
+    rows("surrogate.jsonl", good[0], {"question": "\ud800", "answer": "1"})
+    rows("digits.jsonl", good[0], f'{{"question": "x", "answer": {5000 * "9"}}}')
+    rows("no-text.jsonl", good[0], {"question": ["x"], "answer": {"y": 1}})
+    rows("line-break.jsonl", {"colour\nred": 1})
     (here / "binary.jsonl").write_bytes(b"\xff\xfe\x00\x01")
     (here / "folder.jsonl").mkdir()
     Dataset.from_list([{"colour": 1}]).to_parquet(here / "columns.parquet")
@@ -75,10 +91,44 @@ def place(tmp_path_factory):
     larger = toy.make_tokenizer()
     larger.add_tokens(["zig", "zag"])
     larger.save_pretrained(broken("small-vocabulary"))
+    broken("unfitting-layers", num_hidden_layers=9)
+    broken("more-layers", num_hidden_layers=9, layer_types=None)
+    broken("odd-eos", ["generation_config.json"]).joinpath("generation_config.json").write_text('{"eos_token_id": "x"}')
+    broken("no-heads", num_attention_heads=0)
+    for name, template in (("syntax", "{% if %}"), ("unknown", "{{ colour() }}"), ("raising", "{{ 1 / 0 }}")):
+        (broken(f"template-{name}") / "chat_template.jinja").write_text(template)
+    (broken("bad-tokenizer", ["tokenizer_config.json"]) / "tokenizer.json").write_text('{"model": 1}')
     broken("encoder", model_type="bert", architectures=["BertModel"])
-    for name, text in (("bad-run", "{"), ("old-run", '{"model": "m", "data": "toy", "config": {"colour": 1}}')):
+    run = dataclasses.asdict(train.Settings("model", "toy", "toy", False, "tiny", 3, train.CLIPOConfig()))
+
+    def settings(edits=(), **config):
+        return json.dumps({**run, **dict(edits), "config": {**run["config"], **config}})
+
+    for name, text in (
+        ("bad-run", "{"), ("list-run", "[1]"), ("deep-run", 100_000 * "["), ("untyped-run", settings(steps="ten")),
+        ("no-data-run", settings({"data": None})), ("size-run", settings({"size": "huge"})),
+        ("batches-run", settings({"warm_start_batches": "3"})), ("low-run", settings(d_embed=-1)),
+        ("no-lines-run", settings()), ("good-run", settings()), ("wide-run", settings(d_embed=7)),
+        ("old-run", '{"model": "m", "data": "toy", "config": {"colour": 1}}'),
+    ):  # fmt: skip
         (here / name).mkdir()
         (here / name / "settings.json").write_text(text)
+    (here / "no-lines-run" / "metrics.jsonl").write_text('{"step": 1, "seconds": 3}\n')
+    for file in (here / "model").iterdir():
+        shutil.copy(file, here / "wide-run")
+    save_file({"layers.0.weight": torch.zeros(512, 128)}, here / "wide-run" / "head.safetensors")
+    row = {"benchmark": "b", "problem": 0, "question": "x", "gold": "1", "texts": ["1"], "lengths": [1],
+           "cut_off": [False], "answers": ["1"], "correct": [True], "seconds": 1.0}  # fmt: skip
+    rows("texts-only.jsonl", {"texts": ["x"]})
+    rows("graded.jsonl", row, {**row, "texts": ["1", 2]})
+    rows("uneven.jsonl", row, {**row, "texts": ["1", "2"]})
+    np.savez(here / "other.npz", colour=np.zeros(3))
+    np.save(here / "array.npy", np.zeros(3))
+    (here / "array.npy").rename(here / "array.npz")
+    (here / "cut.npz").write_bytes((here / "other.npz").read_bytes()[:50])
+    good_points = {"m/hidden": np.ones((12, 3), np.float16), "m/right": np.ones(12, bool), "m/question": np.arange(12)}
+    np.savez(here / "nan.npz", **{**good_points, "m/hidden": np.full((12, 3), np.nan, np.float16)})
+    np.savez(here / "uneven.npz", **{**good_points, "m/right": np.ones(11, bool)})
     (here / "a-file").write_text("x")
     shutil.copytree(here / "old-run", here / "a-run")
     return here
@@ -125,8 +175,52 @@ TRAINING = [
     ),
     (
         with_model("encoder"),
-        "model {here}/encoder: BertLMHeadModel cannot be served by KVCache: its logits are off ...",
+        "model {here}/encoder: its files hold no bert...; expected the files of the causal language model that ...",
     ),
+    (
+        with_model("unfitting-layers"),
+        f"model {{here}}/unfitting-layers could not be opened: ...{SAVED}",
+    ),
+    (
+        with_model("more-layers"),
+        "model {here}/more-layers: its files hold no model.layers... (...); expected the files of the causal ...",
+    ),
+    (
+        with_model("odd-eos"),
+        "model {here}/odd-eos: its eos_token_id is 'x'; expected the id of a token, or a list of ids",
+    ),
+    (with_model("no-heads"), f"model {{here}}/no-heads could not be opened: ...{SAVED}"),
+    (with_model("bad-tokenizer"), f"model {{here}}/bad-tokenizer could not be opened: ...{SAVED}"),
+    (
+        with_model("template-syntax"),
+        "model {here}/template-syntax: its chat template cannot be used (TemplateSyntaxError: ...); expected one ...",
+    ),
+    (
+        with_model("template-unknown"),
+        "model {here}/template-unknown: its chat template cannot be used (UndefinedError: ...); expected one ...",
+    ),
+    (
+        with_model("template-raising"),
+        "model {here}/template-raising: its chat template cannot be used (ZeroDivisionError: ...); expected one ...",
+    ),
+    (
+        with_data("deep.jsonl"),
+        "{here}/deep.jsonl, line 2 is not JSON (it is nested too deeply); expected an object per line",
+    ),
+    (
+        with_data("deep-row.jsonl"),
+        "{here}/deep-row.jsonl, line 2 is not JSON (it is nested too deeply); expected an object per line",
+    ),
+    (
+        with_data("surrogate.jsonl"),
+        "{here}/surrogate.jsonl, line 2 is not JSON (...surrogates not allowed); expected an object per line",
+    ),
+    (with_data("digits.jsonl"), "{here}/digits.jsonl, line 2 is not JSON (...4300...); expected an object per line"),
+    (
+        with_data("no-text.jsonl"),
+        "{here}/no-text.jsonl, row 2: question and answer are list and dict; expected a text, and a text or number",
+    ),
+    (with_data("line-break.jsonl"), f"{{here}}/line-break.jsonl, row 1: columns are colour red; {COLUMNS}"),
     (with_data("nowhere.jsonl"), "nowhere.jsonl is no file; expected a .parquet or .jsonl file"),
     (with_data("folder.jsonl"), "{here}/folder.jsonl is no file; expected a .parquet or .jsonl file"),
     (with_data("empty.jsonl"), "{here}/empty.jsonl holds no rows; expected at least one problem"),
@@ -177,6 +271,18 @@ TRAINING = [
         with_options("--device abacus"),
         "--device abacus cannot be used here; expected cpu, or cuda where there is a GPU",
     ),
+    *(
+        (
+            with_options(f"--device {name}"),
+            f"--device {name} cannot be used here; expected cpu, or cuda where there ...",
+        )
+        for name in ("meta", "xpu", "mps", "hpu", "cpu:x")
+    ),
+    (with_options("--steps 1000000000"), "--steps is 1000000000; expected at most 1000000"),
+    (
+        with_options("--seed 99999999999999999999"),
+        "--seed is 99999999999999999999; expected int...",
+    ),
     (
         with_options("--policy-loss ppo"),
         "argument --policy-loss: invalid choice: 'ppo' (...); --help lists every option",
@@ -202,6 +308,27 @@ TRAINING = [
         "--resume --out bad-run",
         "bad-run/settings.json cannot be read (...); expected what train.py wrote",
     ),
+    *(
+        (
+            f"--resume --out {name}-run",
+            f"{name}-run/settings.json cannot be read ({said}); expected what train.py wrote",
+        )
+        for name, said in (
+            ("list", "it is list, not dict"),
+            ("deep", "it is nested too deeply"),
+            ("no-data", "data is NoneType, not str"),
+        )
+    ),
+    *(
+        (f"--resume --out {name}-run", f"{name}-run/settings.json cannot be used ({said}); expected what ...")
+        for name, said in (
+            ("untyped", "steps is 'ten'; expected int"),
+            ("size", "size is 'huge'; expected one of: tiny..."),
+            ("low", "d_embed is -1; expected at least 1"),
+            ("batches", "warm_start_batches is '3'; expected int"),
+        )
+    ),
+    ("--resume --out good-run --steps 0", "--steps is 0; expected at least 1"),
     (
         "--resume --out old-run",
         "old-run/settings.json cannot be used (...'colour'); expected what this version of train.py wrote",
@@ -222,6 +349,14 @@ EVALUATION = [
     ),
     ("no-eos --data good.jsonl", "model no-eos: neither model nor tokenizer has an end-of-sequence token; ..."),
     ("--compare nowhere model", "nowhere holds no evaluation; run python eval.py nowhere first"),
+    ("untyped-run", "untyped-run/settings.json cannot be used (steps is 'ten'; expected int); expected what ..."),
+    ("no-data-run", "no-data-run/settings.json cannot be read (data is NoneType, not str); expected what ..."),
+    ("--regrade list.jsonl", "list.jsonl, line 1: it is list, not dict; expected what train.py or eval.py wrote"),
+    ("--regrade half.jsonl", "half.jsonl, line 2 is no JSON (...); expected an object per line"),
+    ("--regrade texts-only.jsonl", "texts-only.jsonl, line 1: it has no benchmark; expected what eval.py wrote"),
+    ("--regrade graded.jsonl", "graded.jsonl, line 2: texts[1] is int, not str; expected what eval.py wrote"),
+    ("--regrade uneven.jsonl", "uneven.jsonl, line 2: it has not as many samples as the others; expected what ..."),
+    ("--regrade folder.jsonl", "...folder.jsonl..."),
     ("--regrade good.jsonl", "good.jsonl holds no texts; expected the rollouts.jsonl of an evaluation ..."),
 ]
 PICTURES = [
@@ -231,6 +366,18 @@ PICTURES = [
     ("model --data good.jsonl --perplexity nan", "--perplexity is nan; expected 1 or more"),
     ("model --questions 3 --samples 3", "9 rollouts are too few for a picture; expected 10 or more"),
     ("no-eos --data good.jsonl", "model no-eos: neither model nor tokenizer has an end-of-sequence token; ..."),
+    ("untyped-run", "untyped-run/settings.json cannot be used (steps is 'ten'; expected int); expected what ..."),
+    ("model --data good.jsonl --seed -1", "--seed is -1; expected 0 to 4294967295"),
+    (
+        "wide-run --max-new-tokens 3 --questions 2 --samples 5",
+        "wide-run/head.safetensors does not fit its model and settings; expected all of one run",
+    ),
+    ("--redraw folder.jsonl", "folder.jsonl cannot be read; expected a tsne.npz that this command wrote"),
+    ("--redraw array.npz", "array.npz cannot be read; expected a tsne.npz that this command wrote"),
+    ("--redraw cut.npz", "cut.npz cannot be read; expected a tsne.npz that this command wrote"),
+    ("--redraw other.npz", "other.npz: its arrays have no model's name; expected a tsne.npz that this command wrote"),
+    ("--redraw nan.npz", "nan.npz: the arrays of 'm' are no points with verdicts; expected a tsne.npz that ..."),
+    ("--redraw uneven.npz", "uneven.npz: the arrays of 'm' are not equally long; expected all of one picture"),
     ("--redraw a-file", "a-file cannot be read; expected a tsne.npz that this command wrote"),
     (
         "model --data good.jsonl --out a-file/x --max-new-tokens 3",
@@ -241,6 +388,8 @@ PAGES = [
     ("", "the following arguments are required: RUN; --help lists every option"),
     ("nowhere", "nowhere holds no run (no settings.json); expected the folder of a run of train.py"),
     ("bad-run", "bad-run/settings.json cannot be read (...); expected what train.py wrote"),
+    ("untyped-run", "untyped-run/settings.json cannot be used (steps is 'ten'; expected int); expected what ..."),
+    ("no-lines-run", "no-lines-run: its lines cannot be read (...line 1: seconds is int, not dict; ..."),
     ("old-run", "old-run has no finished step yet; expected one in metrics.jsonl"),
     ("a b c", "3 runs are given; expected one or two"),
 ]
@@ -287,3 +436,46 @@ def test_what_is_no_mistake(place, monkeypatch, capsys):
     options = TRAIN.format(model="no-pad", data="long.jsonl").replace("--out out", "--out no-mistake")
     assert train.main([*options.split(), "--max-prompt-tokens", "40"]) == 0
     assert "1 of 5 prompts are over 40 tokens and left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py", "tsne.py"])
+def test_ctrl_c_while_modules_are_imported_gets_one_line(program):
+    """Interrupted as soon as torch is being loaded."""
+    at_work = subprocess.Popen([sys.executable, ROOT / program], stderr=subprocess.PIPE, text=True)
+    maps = Path(f"/proc/{at_work.pid}/maps")
+    if not maps.exists():
+        pytest.skip("there is no /proc that would tell when")
+    while "libtorch" not in maps.read_text():
+        assert at_work.poll() is None
+        time.sleep(0.005)
+    at_work.send_signal(signal.SIGINT)
+    assert at_work.communicate(timeout=60)[1] == "stopped\n"
+    assert at_work.returncode == -signal.SIGINT  # 130 in a shell
+
+
+def test_with_trl_the_data_is_read_before_the_gpu_is_asked_for(place, monkeypatch, capfd):
+    pytest.importorskip("trl")
+    from lab import trl_train
+
+    monkeypatch.chdir(place)
+    for options, said in (
+        ("--data half.jsonl", "error: half.jsonl, line 2 is not JSON"),
+        ("--data good.jsonl --resume", "error: x holds no checkpoint to resume from"),
+        ("--data good.jsonl --clipo steps=ten", "error: --clipo or --trl: steps is 'ten'; expected int"),
+        ("--data good.jsonl --trl colour=1", "error: --clipo or --trl: "),
+    ):
+        assert trl_train.main(f"--model model --out x {options}".split()) == 2
+        errors = capfd.readouterr().err.splitlines()
+        assert sum(line.startswith("error: ") for line in errors) == 1 and errors[-1].startswith(said)
+
+
+def test_files_changed_at_random_get_one_line_too(capsys):
+    """`python -m lab.attack mistakes` is the long form."""
+    assert mistakes.main(["--quick", "--seed", "1"]) == 0, capsys.readouterr().out
+
+
+def test_the_attack_knows_a_traceback_when_there_is_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "main", lambda arguments: {}["nothing"])
+    assert "KeyError" in mistakes.outcome(report, "run", tmp_path, limit=9)
+    monkeypatch.setattr(report, "main", lambda arguments: 2)
+    assert "status 2" in mistakes.outcome(report, "run", tmp_path, limit=9)

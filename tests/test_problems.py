@@ -14,6 +14,8 @@ from conftest import DATA
 
 import problems
 import toy
+from lab.attack import __main__ as attack
+from lab.attack import grader
 from problems import (
     SUFFIX,
     Problem,
@@ -79,13 +81,27 @@ EQUAL = [
     ("\\text{(B)}", "B"), ("B.", "B"), ("(C)", "C"), ("\\text{True}", "True"), ("5\\text{ cm}", "5"),
     ("90^\\circ", "90"), ("x^2 + 2x + 1", "(x+1)^2"), ("2\\sqrt{3}", "\\sqrt{12}"), ("\\{1,2\\}", "\\{2,1\\}"),
     ("1\\frac12", "\\frac{3}{2}"), ("5 \\times 10^2", "500"), ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3,\\pi/2)"),
-    ("3 \\pm 1", "2,4"),
+    ("3 \\pm 1", "2,4"), ("72.0 dollars", "72"), ("72 miles per hour", "72"), ("\\theta = 72^\\circ", "72"),
+    ("\\begin{bmatrix} 1 \\\\ 2/4 \\end{bmatrix}", "\\begin{pmatrix} 1 \\\\ \\frac12 \\end{pmatrix}"),
+    ("x \\in [1,2]", "[1,2]"), ("x=1 or x=2", "1,2"), ("(x,y)=(1,2)", "(1,2)"),
+    ("52_{8}", "52_8"), ("-2 \\text{ and } 12", "12, -2"), ("A,B", "\\text{A, B}"), ("f(x) = 1+x", "x+1"),
+    ("29,\\!322,\\!216", "29322216"), ("2x - y = 1", "y = 2x - 1"), ("12.5\\pi", "\\frac{25\\pi}{2}"),
 ]  # fmt: skip
 DIFFERENT = [
     ("12.5", "12"), ("12", "12.5"), ("\\frac12", "-\\frac12"), ("\\frac12", "\\frac13"), ("(1,2)", "[1,2]"),
     ("(2,3)", "(3,2)"), ("[1,2]", "(1,2]"), ("x^2", "x^3"), ("1%", "100%"), ("10%", "1"), ("x=5", "y=6"),
     ("18, 19", "19"), ("18 or 19", "19"), ("not 5", "5"), ("2", "4,2"), ("B", "A"), ("b", "B"), ("B or C", "B"),
     ("A and B", "B"),
+    *((answer, "72") for answer in (
+        "\\neq 72", "\\le 72", "\\ge 72", "2x=72", "x+1=72", "ab=72", "72 \\approx 73", "73 = 72", "72\\\\73",
+        "72\\hspace{1cm}73", "1, 2, \\ldots, 72", "72, \\ldots", "72\\text{ or more}", "72 + c", "72½", "71 1", "72_8",
+        "\\sim 72", "73$ $72", "\\{72,72\\}", "[72]", "\\phantom{72}", "7\\ 2", "7\\;2", "{7}{2}", "72ab", "72 x",
+        "72 \\text{ dollars and } 5 \\text{ cents}",
+        "72:1", "x \\to 72", "72 \\pm 0", "72 1/2", "72'", "72\\text{ dozen}",
+    )),
+    ("52_9", "52_8"), ("52", "52_8"), ("2(x=5)", "x=5"), ("2x=10", "x=5"), ("1,2", "(1,2)"), ("(1,2)", "\\{1,2\\}"),
+    ("1.414214", "\\sqrt{2}"), ("\\frac{3}{2^{98}}", "\\frac{1}{2^{98}}"), ("\\csc 10_{99}", "\\csc 10"),
+    ("\\text{ABCD}", "\\text{CBAD}"), ("\\{1,2,2\\}", "\\{1,2\\}"), ("x-x+72", "72"),
     ("100000000000000000000001", "100000000000000000000000"), ("0.1", "0.10000000000000001"), ("0.3333333", "\\frac13"),
     ("1/0", "0"), ("", "5"), ("\\infty", "1"), ("1,00", "100"),
 ]  # fmt: skip
@@ -96,6 +112,30 @@ def test_equivalent_and_almost_equivalent_answers(pairs, right):
     said, golds = zip(*pairs, strict=True)
     verdicts = are_correct([f"Therefore \\boxed{{{answer}}}." for answer in said], golds)
     assert [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict is not right] == []
+
+
+@pytest.mark.parametrize("gold", grader.BY_HAND)
+def test_no_wrong_answer_made_from_the_gold_answer_is_paid_and_every_usual_spelling_is(gold):
+    wrong, right = ([(*row, gold) for row in make(gold)] for make in (grader.wrong_answers, grader.right_spellings))
+    assert [row for row, paid in zip(wrong, grader.ours(wrong), strict=True) if paid] == []
+    assert [row for row, paid in zip(right, grader.ours(right), strict=True) if not paid] == []
+
+
+def test_nor_one_made_from_the_golds_of_the_data_sets():
+    golds = grader.gold_answers(DATA, every=50)
+    if len(golds) == len(grader.BY_HAND):
+        pytest.skip("no data is at hand")
+    draw = random.Random(0)
+    wrong = [(*row, gold) for gold in golds for row in draw.sample(grader.wrong_answers(gold), 6)]
+    right = [(*row, gold) for gold in golds for row in grader.right_spellings(gold)]
+    assert [row for row, paid in zip(wrong, grader.ours(wrong), strict=True) if paid] == []
+    assert [row for row, paid in zip(right, grader.ours(right), strict=True) if not paid] == []
+
+
+@pytest.mark.parametrize("arguments", [["nothing"], [], ["--nothing"]])
+def test_an_unknown_attack_gets_one_line(arguments, capsys):
+    assert attack.main(arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 HOSTILE = [

@@ -17,6 +17,7 @@ from test_step import ANSWERS, even, same, trainer, weights
 
 import checkpoint
 import clipo
+import engine.graphs as graphs
 import engine.guard as guard
 import engine.rollouts as fast
 import engine.update as update
@@ -342,8 +343,10 @@ def test_three_broken_steps_in_a_row_end_the_run_with_its_state_saved(tmp_path, 
 def test_it_is_told_when_memory_runs_out():
     with pytest.raises(RuntimeError) as real:
         torch.empty(2**60)
-    assert fast.ran_out_of_memory(real.value) and fast.ran_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert not fast.ran_out_of_memory(RuntimeError("shapes do not match"))
+    assert graphs.ran_out_of_memory(real.value) and graphs.ran_out_of_memory(
+        torch.OutOfMemoryError("CUDA out of memory")
+    )
+    assert not graphs.ran_out_of_memory(RuntimeError("shapes do not match"))
 
 
 @pytest.mark.parametrize(
@@ -363,7 +366,7 @@ def test_it_is_told_in_a_capture_and_of_a_gpus_libraries_too(first, then):
                 raise
             raise RuntimeError(then)  # noqa: B904, as torch.cuda.graph does where it ends
     except RuntimeError as error:
-        assert fast.ran_out_of_memory(error)
+        assert graphs.ran_out_of_memory(error)
 
 
 def test_with_less_memory_the_update_is_cut_finer_and_stays_the_same(monkeypatch):

@@ -1,0 +1,76 @@
+"""Decode steps as CUDA graphs: how `engine.rollouts.generate` runs them on a GPU. There is no plain twin of it.
+
+It saves Python and launches: a decode step is some thousand small kernels, each shorter than its launch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import torch
+
+
+def ran_out_of_memory(error: BaseException | None) -> bool:
+    """Is it this that went wrong, here or in what led here? torch has a class for it on a GPU only, and not for
+    cuBLAS, cuDNN and graphs; a capture that memory ends reports that it was ended."""
+    if error is None:
+        return False
+    words = "can't allocate memory", "out of memory", "ALLOC_FAILED"
+    if isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words):
+        return True
+    return ran_out_of_memory(error.__cause__ or error.__context__)
+
+
+class CaptureFailed(RuntimeError):
+    """CUDA graphs were asked for by name, and a decode step cannot be captured."""
+
+
+PLAIN_FIRST = 3  # (a choice, not a measurement: a capture takes about as long as two plain steps)
+captures_failed: WeakKeyDictionary = WeakKeyDictionary()  # model -> why its decode steps cannot be captured
+
+
+class CapturedSteps:
+    """Runs `step(rows, used)` on a GPU as one CUDA graph per (rows, used): no Python and no launches per kernel.
+
+    A decode step is about 25 kernels a layer, each shorter than its launch; a graph launches all of them at once. The
+    first steps of a kind run plainly (they load kernels and fill autocast's cache, and a kind that is rare is not worth
+    a capture), the next is captured, and from then on it is replayed. All that a step reads and writes must stay where
+    it is. A capture that fails is said once, and this model's steps run plainly from then on; if graphs are `demanded`,
+    it raises CaptureFailed.
+    """
+
+    def __init__(self, model, step: Callable[[int, int], None], demanded: bool):
+        self.model, self.step, self.demanded = model, step, demanded
+        self.seen: Counter[tuple[int, int]] = Counter()
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self.pool = torch.cuda.graph_pool_handle()  # one memory for the intermediates of all graphs
+
+    def __call__(self, rows: int, used: int) -> None:
+        kind = rows, used
+        self.seen[kind] += 1
+        if kind not in self.graphs and self.seen[kind] > PLAIN_FIRST and self.model not in captures_failed:
+            self.capture(kind)
+        if kind in self.graphs:
+            self.graphs[kind].replay()
+        else:
+            self.step(rows, used)
+
+    def capture(self, kind: tuple[int, int]) -> None:
+        """Record a step without running it. Memory that runs out is for the caller to answer."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                self.step(*kind)
+        except RuntimeError as reason:
+            if ran_out_of_memory(reason):
+                raise
+            why = f"a decode step cannot be captured as a CUDA graph ({reason})"
+            if self.demanded:
+                raise CaptureFailed(f"{why}; expected cuda_graphs=False, or None: where it works") from reason
+            captures_failed[self.model] = why
+            warnings.warn(f"{why}; rollouts go on without, slower", stacklevel=2)
+            return
+        self.graphs[kind] = graph

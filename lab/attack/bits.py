@@ -1,0 +1,89 @@
+"""Does the same seed give the same bits, however many threads compute? The same two steps, over and over, by phase.
+
+    python -m lab.attack bits             both engines, four kinds of run, 2 to 4 threads, 20 times each
+    python -m lab.attack bits --quick     three times each, at two threads
+
+What adds numbers in the order in which threads come (the gradient of x[index], say, where an index comes twice) rounds
+differently from run to run. The phase in which bits first differ tells where to look.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import time
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+import toy
+from config import CLIPOConfig
+from engine.guard import Trainer
+from problems import are_correct
+
+KINDS = {  # what differs from the toy track
+    "informative": {},
+    "the paper's": {"contrastive_kind": "infonce", "contrastive_scope": "group", "reward_from_chance": False},
+    "with KL, two mini-batches": {"beta": 0.1, "mini_batch_prompts": 3},
+    "activations computed again": {"recompute_activations": True, "beta": 0.1},
+}
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Of the bits of all."""
+    all_bits = hashlib.sha256()
+    for tensor in tensors:
+        all_bits.update(tensor.detach().contiguous().numpy().tobytes())
+    return all_bits.hexdigest()[:12]
+
+
+def bits_of_a_run(engine: str, changes: dict, steps: int = 2) -> dict[str, str]:
+    """{phase: digest} of a short warm start and of each step after it."""
+    tokenizer = toy.make_tokenizer()
+    model = toy.make_model("tiny", tokenizer, seed=0)
+    toy.warm_start(model, tokenizer, 0, batches=2, batch_size=32)
+    found = {"warm start": digest(model.parameters())}
+    small = {"head_warmup_steps": 0, "lr_warmup_steps": 0, "prompts_per_step": 6, "max_new_tokens": 16}
+    config = CLIPOConfig.for_track("toy", **{**small, **changes})
+    trainer = Trainer(model, tokenizer, are_correct, config, engine)
+    for step in range(1, steps + 1):
+        stories = toy.stories(f"bits {step}", toy.TRAINING_LEVEL, config.prompts_per_step)
+        trainer.step([tokenizer(story.question)["input_ids"] for story in stories], [s.answer for s in stories])
+        last = trainer.last
+        found[f"rollouts of step {step}"] = digest(last.rollouts)
+        found[f"contrast of step {step}"] = digest([last.contrast.embedding, last.contrast.loss, last.contrast.reward])
+        found[f"head after step {step}"] = digest(trainer.head.parameters())
+        found[f"policy after step {step}"] = digest(trainer.policy.parameters())
+    return found
+
+
+def first_difference(runs: Sequence[dict[str, str]]) -> str | None:
+    """The first phase whose bits are not those of the first run, in any of the others.
+
+    >>> first_difference([{"a": "1", "b": "2"}, {"a": "1", "b": "3"}])
+    'b'
+    """
+    return next((phase for phase in runs[0] if len({run[phase] for run in runs}) > 1), None)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.attack bits", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--times", type=int, default=20, metavar="N", help="runs that are compared (default: 20)")
+    parser.add_argument("--quick", action="store_true", help="three runs each, at two threads")
+    given = parser.parse_args(arguments)
+    times, begin, before, runs, differ = 3 if given.quick else given.times, time.time(), torch.get_num_threads(), 0, []
+    for threads in (2,) if given.quick else (2, 3, 4):
+        torch.set_num_threads(threads)
+        for engine in ("plain", "fast"):
+            for kind, changes in KINDS.items():
+                found = [bits_of_a_run(engine, changes) for _ in range(times)]
+                runs += times
+                if phase := first_difference(found):
+                    differ.append(f"{engine}, {kind}, {threads} threads: from {phase}")
+    torch.set_num_threads(before)
+    print(*differ, sep="\n", end="\n" if differ else "")
+    print(f"bits: {runs} runs in sets of {times}, {len(differ)} sets with different bits, {time.time() - begin:.0f} s")
+    return 1 if differ else 0

@@ -1,0 +1,210 @@
+"""Is a wrong answer ever paid? Makes wrong answers from each gold answer, and right spellings, and grades them.
+
+    python -m lab.attack grader            the gold answers of the parquet files in --data; minutes
+    python -m lab.attack grader --quick    every fiftieth
+    python -m lab.attack grader --table    writes results/grader.md too: where we and math-verify's default disagree
+
+A policy that is paid for "72 or more" learns to hedge. So the gold answer itself stands in each wrong one.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import problems
+from problems import OptionParser, are_correct, as_number, load_problems, plain
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = ("gsm8k_train", "gsm8k_test", "math500_test", "math_train")
+BY_HAND = (
+    "72", "5", "-3", "0.5", "1,250", "\\frac{3}{4}", "1\\frac{1}{2}", "10\\%", "90^\\circ", "2\\sqrt{3}", "4\\pi",
+    "x^2+1", "(1,2)", "[1,2)", "\\{1,2\\}", "1,2", "(-\\infty,1)\\cup(2,\\infty)", "52_8", "2-3i", "y=2x+1", "x=5",
+    "1:4", "B", "\\text{odd}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}",
+)  # fmt: skip
+
+# GOLD is the gold answer, NEW another number. Whatever the gold answer is, none of these is it ...
+WRONG_OF_ANY = {
+    "negated": ["\\neq GOLD", "\\text{not } GOLD", "\\lnot GOLD", "\\not= GOLD"],
+    "hedged": [
+        "\\approx GOLD", "\\sim GOLD", "\\text{about } GOLD", "GOLD\\text{ or more}", "\\text{at least } GOLD",
+        "GOLD\\text{ or so}", "GOLD ?", "\\text{maybe } GOLD", "GOLD, \\text{ perhaps}",
+    ],
+    "related": [
+        "\\le GOLD", "\\geq GOLD", "< GOLD", "> GOLD", "2x=GOLD", "ab=GOLD", "NEW = GOLD", "GOLD = NEW",
+        "GOLD \\approx NEW", "x+1=GOLD", "GOLD < NEW",
+    ],
+    "listed": [
+        "1, 2, \\ldots, GOLD", "GOLD, \\ldots", "GOLD \\ldots", "0, NEW, GOLD", "GOLD, GOLD", "GOLD; NEW",
+        "\\dots, GOLD",
+    ],
+    "with a second": [
+        "GOLD\\\\NEW", "NEW\\\\GOLD", "GOLD\\hspace{1cm}NEW", "NEW\\quad GOLD", "GOLD$ $NEW", "NEW$ $GOLD", "NEW GOLD",
+        "GOLD \\text{ or } NEW", "NEW \\text{ or } GOLD", "GOLD or NEW", "NEW, GOLD", "GOLD, NEW", "GOLD NEW",
+        "GOLD \\text{ and } NEW", "GOLD \\to NEW", "NEW \\to GOLD", "(GOLD)(NEW)", "GOLD \\text{ if } x = NEW",
+    ],
+    "hidden": [
+        "\\phantom{GOLD}", "\\vphantom{GOLD}", "\\hphantom{GOLD} NEW", "\\cancel{GOLD}", "\\overline{GOLD}",
+        "\\stackrel{GOLD}{NEW}",
+    ],
+    "changed": ["GOLD + c", "GOLD + NEW", "NEW - GOLD", "GOLD \\pm NEW", "|GOLD| + NEW", "GOLD½", "GOLD'", "GOLD_{99}"],
+}  # fmt: skip
+# ... and where it is a number, none of these.
+WRONG_OF_A_NUMBER = {
+    "of another kind": [
+        "[GOLD]", "\\{GOLD\\}", "\\{GOLD,GOLD\\}", "(GOLD,GOLD)", "[GOLD,GOLD]", "(GOLD,\\infty)",
+        "\\begin{pmatrix} GOLD \\end{pmatrix}",
+    ],
+    "in a base": ["GOLD_8", "GOLD_{16}", "GOLD\\text{ base }8", "GOLD_x"],
+    "of another size": [
+        "GOLD\\text{ dozen}", "GOLD thousand", "GOLD\\text{ million}", "GOLDx", "GOLD x", "GOLDab", "GOLD:NEW",
+        "GOLD\\text{ and a half}", "GOLD/NEW",
+    ],
+}  # fmt: skip
+SPELLINGS = ["GOLD", "$GOLD$", "\\!GOLD", "GOLD ", "GOLD."]
+SPELLINGS_OF_AN_INTEGER = [
+    "x = GOLD", "\\text{GOLD}", "GOLD\\text{ apples}", "GOLD apples", "GOLD\\text{ cm}", "GOLD cm", "\\$GOLD",
+    "GOLD\\%", "GOLD^\\circ", "(GOLD)", "{GOLD}", "\\theta = GOLD", "GOLD\\text{ square feet}", "GOLD\\text{ cm}^2",
+    "GOLD miles per hour", "GOLD\\mbox{ km/h}", "GOLD\\ \\text{USD}", "\\mathbf{GOLD}", "\\frac{GOLD}{1}",
+    "GOLD dollars", "GOLD.0",
+]  # fmt: skip
+# (answer, gold, who is right) where one may see it the one way or the other.
+BORDERLINE = [
+    ("60+12", "72", "matter of taste"), ("72 m", "72", "theirs right"), ("72,", "72", "matter of taste"),
+    ("USD 72", "72", "theirs right"), ("--72", "72", "matter of taste"), ("\\text{Total} = 72", "72", "theirs right"),
+    ("x_1 = 72", "72", "matter of taste"), ("72:1", "72", "ours right"), ("1/4", "1:4", "matter of taste"),
+    ("52", "52_8", "matter of taste"), ("1,2", "(1,2)", "ours right"), ("1.414214", "\\sqrt{2}", "ours right"),
+    ("\\mathbb{R}", "(-\\infty,\\infty)", "theirs right"), ("x=1, y=2", "(1,2)", "matter of taste"),
+    ("A,B", "\\text{A, B}", "ours right"), ("\\{1,2,2\\}", "\\{1,2\\}", "matter of taste"),
+]  # fmt: skip
+
+
+def is_number(gold: str) -> bool:
+    return as_number(plain(gold)) is not None
+
+
+def wrong_answers(gold: str) -> list[tuple[str, str, str]]:
+    """(kind, template, answer) for every template.
+
+    >>> [answer for kind, _, answer in wrong_answers("72") if kind == "in a base"]
+    ['72_8', '72_{16}', '72\\\\text{ base }8', '72_x']
+    """
+    new = str(random.Random(gold).randrange(3, 99))
+    if is_number(gold) and abs(as_number(plain(gold))[0]) in (int(new), 2 * int(new)):
+        new = str(int(new) + 101)
+    kinds = WRONG_OF_ANY | (WRONG_OF_A_NUMBER if is_number(gold) else {})
+    made = [(kind, template) for kind, templates in kinds.items() for template in templates]
+    if is_number(gold) and as_number(plain(gold))[0] == 0:  # 0 x is 0, and so is 0 dozen
+        made = [(k, t) for k, t in made if k != "of another size" and t != "(GOLD)(NEW)"]
+    return [(kind, template, fill(template, gold, new)) for kind, template in made]
+
+
+def fill(template: str, gold: str, new: str = "") -> str:
+    return template.replace("NEW", new).replace("GOLD", gold)
+
+
+def right_spellings(gold: str) -> list[tuple[str, str, str]]:
+    """(kind, template, answer): the gold answer as a model may well write it.
+
+    >>> right_spellings("1250")[-1]
+    ('right', 'with commas', '1,250')
+    """
+    integer = gold.strip("-").isdigit()
+    made = [("right", template, fill(template, gold)) for template in SPELLINGS]
+    made += [("right", template, fill(template, gold)) for template in SPELLINGS_OF_AN_INTEGER if integer]
+    return made + ([("right", "with commas", f"{int(gold):,}")] if integer else [])
+
+
+def gold_answers(folder: Path, every: int = 1) -> list[str]:
+    """Those by hand and those of the files that are there; a few of MATH are whole solutions and left out."""
+    golds = list(BY_HAND)
+    for name in FILES:
+        if (folder / f"{name}.parquet").is_file():
+            golds += [problem.answer for problem in load_problems(str(folder / f"{name}.parquet"))][::every]
+    return [gold for gold in golds if len(gold) < 150 and "$" not in gold.replace("\\$", "")]
+
+
+def ours(rows: Sequence[tuple[str, str, str, str]]) -> list[bool]:
+    return are_correct([f"\\boxed{{{answer}}}" for *_, answer, _ in rows], [gold for *_, gold in rows])
+
+
+def theirs(rows: Sequence[tuple[str, str, str, str]]) -> list[bool]:
+    """math-verify's default verdicts, each in a process that is ended where it takes too long."""
+
+    def by_default(answer: str, gold: str) -> bool:
+        from math_verify import parse, verify
+
+        sides = [parse(f"${side}$", parsing_timeout=None) for side in (gold, answer)]
+        return verify(*sides, timeout_seconds=None)
+
+    our_own, problems.expressions_equal = problems.expressions_equal, by_default
+    try:
+        by_default("1", "1")
+        return problems.judge([(answer, gold) for *_, answer, gold in rows])
+    finally:
+        problems.expressions_equal = our_own
+
+
+def table(rows: Sequence[tuple[str, str, str, str]]) -> str:
+    """Where the verdicts differ: one row for each template and direction, with its shortest example."""
+    found: dict[tuple, list] = {}
+    for row, we, they in zip(rows, ours(rows), theirs(rows), strict=True):
+        if we != they:
+            found.setdefault((*(row if row[0] == "borderline" else row[:2]), we), []).append(row)
+    lines = []
+    for (kind, template, *_, we), same in found.items():
+        if kind != "borderline" and len(same) < 5:  # too few to be a kind
+            continue
+        answer, gold = min(((row[2], row[3]) for row in same), key=lambda pair: (len(pair[0] + pair[1]), pair))
+        judgement = template if kind == "borderline" else "ours right" if we == (kind == "right") else "theirs right"
+        lines.append(
+            f"| {kind} | `{code(answer)}` | `{code(gold)}` | {'yes' if we else 'no'} | {'no' if we else 'yes'} "
+            f"| {len(same)} | {judgement} |"
+        )
+    head = (
+        "# Where our grader and math-verify's default disagree\n\n`python -m lab.attack grader --table` made this, from"
+        f" {len(rows):,} pairs of an answer and a gold answer.\nEach row stands for all pairs of its template, with the"
+        " shortest as example. \"right\": a spelling that should be paid;\nthe other kinds should not be.\n\n"
+        "| kind | answer | gold answer | ours pays | theirs pays | pairs | judgement |\n|---|---|---|---|---|---|---|\n"
+    )  # fmt: skip
+    return head + "\n".join(sorted(lines)) + "\n"
+
+
+def code(text: str) -> str:
+    """For a cell of a Markdown table."""
+    return text.replace("|", "\\|").strip()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = OptionParser(prog="python -m lab.attack grader", description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="every fiftieth gold answer")
+    parser.add_argument("--table", action="store_true", help="write results/grader.md")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="the parquet files' folder")
+    parser.add_argument("--show", type=int, default=10, help="so many mistakes of either kind are printed")
+    given = parser.parse_args(arguments)
+    begin, golds = time.monotonic(), gold_answers(given.data, 50 if given.quick else 1)
+    distinct, draw = list(dict.fromkeys(golds)), random.Random(0)
+    wrong, right = [], []
+    for gold in distinct:  # all wrong answers of those by hand, and of a quarter drawn anew for each of the others
+        made = wrong_answers(gold)
+        made = made if gold in BY_HAND else draw.sample(made, len(made) // 4)
+        wrong += [(*row, gold) for row in made]
+        right += [(*row, gold) for row in right_spellings(gold)]
+    paid = [row for row, yes in zip(wrong, ours(wrong), strict=True) if yes]
+    unpaid = [row for row, yes in zip(right, ours(right), strict=True) if not yes]
+    for mistake, rows in (("wrong, and paid", paid), ("right, and not paid", unpaid)):
+        for _, _, answer, gold in rows[: given.show]:
+            print(f"{mistake}: {answer}  for  {gold}")
+    print(
+        f"grader: {len(golds):,} golds ({len(distinct):,} different), {len(paid):,} of {len(wrong):,} wrong answers "
+        f"paid, {len(right) - len(unpaid):,} of {len(right):,} right spellings paid, {time.monotonic() - begin:.0f} s"
+    )
+    if given.table:
+        neighbours = [("wrong", "another gold", a, b) for a, b in pairwise(distinct) if problems.compare(a, b) is None]
+        some = draw.sample(wrong, min(1500, len(wrong))) + draw.sample(right, min(1500, len(right)))
+        rows = [("borderline", who, answer, gold) for answer, gold, who in BORDERLINE] + some + neighbours[:500]
+        (ROOT / "results" / "grader.md").write_text(table(rows), encoding="utf-8")
+    return 1 if paid else 0
