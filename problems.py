@@ -419,7 +419,7 @@ def plain(text: str) -> str:
     text = re.sub(r"\\(?:left|right|displaystyle)(?![a-zA-Z])", "", text)
     text = re.sub(r"(?<!\\)\\[,;: ]|(?<=\w)~|[ \t\r\n]+", " ", text)
     text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\$", "$").replace("\\%", "%")
-    text = re.sub(" +", " ", text).lstrip("$ ").rstrip("$ .")
+    text = re.sub(" +", " ", text).lstrip("$ ").rstrip("$ .\\")
     wrapped = re.fullmatch(r"(?:\\(?:text|mbox|mathrm|textbf|mathbf))?\{([^{}]*)\}", text)
     return (wrapped[1] if wrapped else text).strip()
 
@@ -531,7 +531,11 @@ def without_unit(text: str) -> str:
         unit = re.sub(QUOTED + r"([^{}]*)\}", r" \1 ", text[begin.start() :])
         unit = re.sub(r"\^ ?(?:[23]|\{[23]\})|\\cdot|\^$", " ", unit)
         words = re.findall("[a-zA-Z]+", unit) or ["x"]
-        told = "{" in begin[0] or words[0] in SHORT_UNITS or re.match(r" (?=[a-zA-Z]*[aeiouyAEIOUY])[a-zA-Z]{3}", unit)
+        told = (
+            "{" in begin[0]
+            or words[0] in SHORT_UNITS
+            or re.match(r"(?= ?[a-zA-Z]*[aeiouyAEIOUY])(?: |\w)[a-zA-Z]{3}", unit)
+        )
         if told and words[0] not in VARIABLES and re.fullmatch(r"[a-zA-Z .,()/~-]*", unit):
             text = text[: begin.start()] if NO_UNIT.isdisjoint(word.lower() for word in words) else text
     return re.sub(r" ?(?:\^ ?(?:\\circ|\{ ?\\circ ?\})|°|\\degrees?)(?: ?[CF])?$", "", text).strip()
