@@ -80,7 +80,9 @@ class Trainer(variants.DynamicSampling):
         if self.reference is not None and config.in_bfloat16(policy.device.type):  # nobody updates it
             for parameter in self.reference.parameters():  # (a rotary embedding's frequencies stay float32)
                 parameter.data = parameter.data.bfloat16()
-        if policy.device.type == "cuda":  # the GPU's default makes another copy of all weights on the way
+        if policy.device.type == "cuda":
+            torch.backends.cuda.enable_cudnn_sdp(False)  # (see `our_attention`; the plain parts use the library's)
+            # The GPU's default makes another copy of all weights on the way.
             self.policy_optimizer = torch.optim.AdamW(
                 policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
             )

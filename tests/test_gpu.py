@@ -69,10 +69,10 @@ def test_cudnn_does_not_attend(qwen2):
 # ----------------------------------------------------------------------------------------------------
 
 
-def trainer_on_gpu(**settings):
+def trainer_on_gpu(engine="fast", **settings):
     model = make_model(CONFIGS["qwen2"]).cuda()
     chosen = {**SMALL, "max_new_tokens": 24, "compute_dtype": "float32", **settings}
-    return Trainer(model, TOKENIZER, even, CLIPOConfig(**chosen))
+    return Trainer(model, TOKENIZER, even, CLIPOConfig(**chosen), engine)
 
 
 def while_capturing(monkeypatch, what):
@@ -105,6 +105,17 @@ def test_a_capture_that_fails_is_said_once_and_the_run_goes_on(qwen2, monkeypatc
     with warnings.catch_warnings(action="error"):
         assert_same(on_cpu(roll_out(model)), expected)
     assert "cannot be captured" in graphs.captures_failed[model]
+
+
+@needs_gpu
+def test_nor_does_it_under_the_plain_engine():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        trainer_on_gpu(engine="plain")
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @needs_gpu
