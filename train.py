@@ -287,6 +287,7 @@ def warm_started(
         if f.name != "friend_right" and getattr(world, f.name) != getattr(toy.WORLD, f.name)
     ]
     folder = runs / "-".join([f"warm-start-{size}-seed{seed}-{batches}", *changed])
+    runs.mkdir(parents=True, exist_ok=True)
     with checkpoint.only_one(Path(f"{folder}.lock"), wait=f"{folder} is being made by another process: waiting for it"):
         if not folder.is_dir():
             make_warm_start(folder, size, seed, batches, device, world, stop)
