@@ -129,14 +129,17 @@ def stories(seed: str | int, level: Level, count: int, world: World = WORLD) -> 
 
 
 def first_bad_step(story: Story, response: str) -> tuple[int, int] | None:
-    """Where in the response (from, to: characters) the first step stands that is not the story's; None if all are.
+    """Where in the response (from, to: characters) the first thing stands that is not the story's; None if all is.
 
-    Where a step is missing, from and to are equal. (The answer that follows the steps is not looked at.)
+    That is a step, or the answer, which must be what the steps come to. Where something is missing, from and to are
+    equal.
 
     >>> story = Story("", "5", start=3, steps=(("+", 4), ("-", 2)))
     >>> first_bad_step(story, "3 + 4 = 7 . 7 - 2 = 5 . #### 5")
     >>> first_bad_step(story, "3 + 4 = 8 . 8 - 2 = 5 . #### 5"), first_bad_step(story, "3 + 4 = 7 . #### 5")
     ((0, 9), (12, 12))
+    >>> first_bad_step(story, "3 + 4 = 7 . 7 - 2 = 5 . #### 9")
+    (24, 30)
     """
     steps = [f"{a} {sign} {b} = {c}".split() for a, sign, b, c in story.solution]
     said, at = response.split("####")[0], 0
@@ -144,11 +147,13 @@ def first_bad_step(story: Story, response: str) -> tuple[int, int] | None:
         if step.strip() and (not steps or step.split() != steps.pop(0)):
             return at + len(step) - len(step.lstrip()), at + len(step.rstrip())
         at += len(step) + 1
-    return (len(said), len(said)) if steps else None
+    if steps:
+        return len(said), len(said)
+    return None if response[len(said) :].split() == ["####", story.answer] else (len(said), len(response))
 
 
 def is_sound(story: Story, response: str) -> bool:
-    """Are the response's steps exactly the story's, each right?
+    """Are the response's steps exactly the story's, each right, and is the answer what they come to?
 
     >>> story = Story("", "5", start=3, steps=(("+", 4), ("-", 2)))
     >>> is_sound(story, "3 + 4 = 7 . 7 - 2 = 5 . #### 5"), is_sound(story, "3 + 2 = 5 . #### 5")
@@ -362,7 +367,8 @@ def evaluate(
 ) -> dict[str, dict[str, tuple[int, int]]]:
     """Answers on `count` fixed stories of every level: {level: {metric: (successes, trials)}}.
 
-    Metrics: "answer" right; "process" right; "lucky", the right answers whose process is wrong, out of all right ones.
+    Metrics: "answer" right; "process" right, which is `is_sound`; "lucky", the right answers whose process is not, out
+    of all right ones.
     """
     generator = torch.Generator().manual_seed(seed)
     results = {}

@@ -49,14 +49,17 @@ def test_the_friend_is_right_as_often_as_the_dials_say():
 
 
 @pytest.mark.parametrize(
-    "response, bad",  # what the first bad step is; None: all are the story's
+    "response, bad",  # the first step that is not the story's, or the answer; None: all is right
     [
         ("3 + 4 = 7 . 7 - 2 = 5 . #### 5", None),
-        ("3 + 4 = 7 . 7 - 2 = 5 . #### 9", None),  # the answer is judged apart
+        ("3 + 4 = 7 . 7 - 2 = 5 . #### 9", "#### 9"),  # sound steps, and then the friend's number
+        ("3 + 4 = 7 . 7 - 2 = 5 . #### 5 5", "#### 5 5"),
+        ("3 + 4 = 7 . 7 - 2 = 5 .", ""),  # no answer
         ("3+4=7. 7-2=5. #### 5", "3+4=7"),  # a token apart is a token apart
         ("3 + 4 = 8 . 8 - 2 = 6 . #### 5", "3 + 4 = 8"),
         ("3 + 4 = 7 . 7 - 2 = 4 . #### 5", "7 - 2 = 4"),
         (" . . 3 + 4 = 7 .  7 - 2 = 4", "7 - 2 = 4"),
+        (" . 3 + 4 = 7 .  7 - 2 = 5  ####   5 ", None),
         ("3 + 4 = 7 . #### 5", ""),  # one is missing
         ("3 + 4 = 7 . 7 - 2 = 5 . 5 + 1 = 6 . #### 5", "5 + 1 = 6"),
         ("3 - 2 = 1 . 1 + 4 = 5 . #### 5", "3 - 2 = 1"),
