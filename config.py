@@ -60,8 +60,8 @@ TRACKS: dict[str, dict] = {
         steps=580, prompts_per_step=128, mini_batch_prompts=128, max_new_tokens=4096, d_embed=2048, head_warmup_steps=58
     ),
     "toy": dict(
-        steps=40, prompts_per_step=16, mini_batch_prompts=16, max_prompt_tokens=128, max_new_tokens=24,
-        lr=2e-4, lr_warmup_steps=5, beta=0.0, head_warmup_steps=4, micro_batch_tokens=2560,
+        steps=60, prompts_per_step=8, mini_batch_prompts=8, max_prompt_tokens=128, max_new_tokens=24,
+        lr=1e-4, lr_warmup_steps=5, beta=0.02, head_warmup_steps=4, micro_batch_tokens=2560,
         compute_dtype="float32",  # bfloat16 gains a fifth at this size, and not every CPU has it
     ),
 }  # fmt: skip
