@@ -1,8 +1,9 @@
 """Train a language model with CLIPO: GRPO and the contrastive reward.
 
-    python train.py                                                    the toy world: minutes on a laptop
-    python train.py --weight 0                                         the same without the contrastive reward: GRPO
-    python train.py --paper                                            the same with the paper's constants
+    python train.py                                                    the toy world, GRPO and then CLIPO: minutes
+    python train.py --both --seed 1                                    the same from another warm start
+    python train.py --weight 0                                         one run, without the contrastive reward: GRPO
+    python train.py --paper                                            one run, with the paper's constants
     python train.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k    a real model (one GPU)
     python train.py --resume --out runs/toy                            go on where a run stopped
 
@@ -171,6 +172,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--log-groups", type=int, metavar="N", help="groups of each step in rollouts.jsonl (default: 2)")
     p.add_argument("--test-stories", type=int, metavar="N", help="of each level in the toy's table (default: 300)")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, with its settings")
+    p.add_argument(
+        "--both", action="store_true",
+        help="GRPO and then CLIPO from the same start on the toy world, and a table of both (default without options)",
+    )  # fmt: skip
     group = p.add_argument_group("hyperparameters (a value per track where tracks differ; in brackets the source)")
     add_options(group)
     return p
@@ -452,13 +457,16 @@ def show_plan(trainer: Trainer, longest_prompt: int) -> None:
         print(f"  there are {has / 1e9:.1f} GB; a lower --max-batch or --micro-batch-tokens takes less")
 
 
-def toy_table(base: dict, trained: dict, count: int) -> str:
-    """Base and trained model on `count` stories of every level, in percent with 95% intervals."""
-    lines = [f"{f'greedy, {count} stories a level':32}{'base':>18}{'trained':>18}"]
+Levels = dict[str, dict[str, tuple[int, int]]]  # what toy.evaluate measures
+
+
+def toy_table(columns: dict[str, Levels], count: int) -> str:
+    """Each model's shares on `count` stories of every level, in percent with 95% intervals."""
+    lines = [f"{f'greedy, {count} stories a level':32}" + "".join(f"{name:>18}" for name in columns)]
     titles = {"answer": "answer right", "process": "process right", "lucky": "lucky (of the right)"}
-    for level in base:
+    for level in toy.LEVELS:
         for metric, title in titles.items():
-            cells = "".join(f"{percent(*result[level][metric]):>18}" for result in (base, trained))
+            cells = "".join(f"{percent(*measured[level][metric]):>18}" for measured in columns.values())
             lines.append(f"{level if metric == 'answer' else '':6}{title:26}{cells}")
     return "\n".join(lines)
 
@@ -475,23 +483,72 @@ def percent(successes: int, trials: int) -> str:
     return f"{100 * successes / trials:.0f}% [{100 * low:.0f}, {100 * high:.0f}]"
 
 
-def finish_toy(settings: Settings, trainer: Trainer, out: Path, base, count: int) -> None:
-    """The table of base and trained model, and what to try next."""
-    results = [
-        toy.evaluate(model, trainer.tokenizer, count=count, cuda_graphs=trainer.config.cuda_graphs)
-        for model in (base, trainer.policy)
-    ]
-    evaluation = json.dumps({"base": results[0], "trained": results[1]}, indent=1)
-    checkpoint.write_text(out / "evaluation.json", evaluation)
-    print(f"\n{toy_table(*results, count)}\n")
-    print("P0 is like the training stories; P1 and P2 are longer, and there the friend is right less and less.")
-    print("lucky: right answers that were reached by wrong steps.\n\nTry next:")
-    seed = settings.config.seed
-    if settings.config.weight > 0:
-        print(f"  python train.py --seed {seed} --weight 0    plain GRPO from the same start: does it learn to copy?")
-    if not settings.paper:
-        print(f"  python train.py --seed {seed} --paper       the paper's constants")
-    print(f"  python train.py --seed {seed + 1}               another warm start")
+def share(measured: Levels, level: str, metric: str) -> float:
+    successes, trials = measured[level][metric]
+    return successes / trials if trials else 0.0
+
+
+def what_to_see(start: Levels, grpo: Levels, ours: Levels) -> str:
+    """Two sentences on a table of both: what became of GRPO, and what of CLIPO. They say it, too, if neither is usual.
+
+    P0 is like the training stories; on P2 the friend is mostly wrong, so that there copying shows.
+    """
+    before, at_grpo, at_ours = (f"{100 * share(measured, 'P2', 'answer'):.0f}%" for measured in (start, grpo, ours))
+    trained = (
+        f"on stories like those in training (P0) {100 * share(grpo, 'P0', 'answer'):.0f}% of its answers are right"
+    )
+    sound = f"{100 * share(grpo, 'P0', 'process'):.0f}% by sound steps"
+    if drifted := share(grpo, "P0", "process") < share(start, "P0", "process") / 2:
+        first = (
+            f"GRPO learnt to copy the friend: {trained}, {sound}, and on long ones (P2), where the friend is mostly "
+            f"wrong, it went from {before} to {at_grpo}."
+        )
+    else:
+        first = (
+            f"From this start GRPO did not learn to copy: {trained}, {sound} (P2: from {before} to {at_grpo}), so "
+            "there is little for CLIPO to rescue."
+        )
+    ahead = wilson(*ours["P2"]["answer"])[0] > wilson(*grpo["P2"]["answer"])[1]
+    if ahead and share(ours, "P2", "process") > share(start, "P2", "process") / 2:
+        second = (
+            f"CLIPO, which also pays right answers for agreeing with each other, went on calculating: {at_ours} on P2, "
+            "and nobody told it which steps were sound."
+        )
+    elif drifted:
+        second = (
+            f"CLIPO did not prevent it here ({at_ours} on P2): it pays what most right answers share, so it fails "
+            "where most of them are copied before its head has learnt."
+        )
+    else:
+        second = f"CLIPO has {at_ours} on P2."
+    return f"{first}\n{second}"
+
+
+def evaluated(models: dict, trainer: Trainer, out: Path, count: int) -> None:
+    """The table of the models by name, and evaluation.json."""
+    graphs = trainer.config.cuda_graphs
+    columns = {
+        name: toy.evaluate(model, trainer.tokenizer, count=count, cuda_graphs=graphs) for name, model in models.items()
+    }
+    checkpoint.write_text(out / "evaluation.json", json.dumps(columns, indent=1))
+    print(f"\n{toy_table(columns, count)}\n")
+    if "GRPO" in columns:
+        print(what_to_see(*columns.values()))
+    print("process: every step is the story's and right, and so is the answer. lucky: a right answer without that.\n")
+
+
+def try_next(settings: Settings, both: bool) -> None:
+    """The commands that a reader of the table may want now."""
+    seed = f" --seed {settings.config.seed}" if settings.config.seed else ""
+    commands = {
+        f"--both --seed {settings.config.seed + 1}": "both from another warm start",
+        f"--paper{seed}": "CLIPO with the paper's own constants",
+    }
+    if not both:
+        commands = {f"--both{seed}": "GRPO and CLIPO from this start, side by side", **commands}
+    print("Try next:")
+    for options, what in commands.items():
+        print(f"  python train.py {options:20}{what}")
 
 
 def settings_and_folder(given: dict) -> tuple[Settings, Path]:
@@ -567,12 +624,17 @@ def one_line_for(out: Path):
         ) from reason
 
 
-def run(given: dict) -> int:
-    """The whole command; returns its exit status. Raises UserError, and KeyboardInterrupt that says what is kept."""
+def run(given: dict, both_with: Path | None = None, quiet_end: bool = False) -> int:
+    """One run; returns its exit status. Raises UserError, and KeyboardInterrupt that says what is kept.
+
+    As a part of `--both`: quiet_end leaves out page and table; `both_with` is the folder of the GRPO run that stands
+    beside this one in them.
+    """
     settings, out = settings_and_folder(given)
     checkpoint.refuse_links(out)
     device, config = checkpoint.device_from(given.get("device")), settings.config
-    go_on = f"python train.py --resume --out {shlex.quote(str(out))}"
+    is_part = quiet_end or both_with is not None
+    go_on = settings.command if is_part else f"python train.py --resume --out {shlex.quote(str(out))}"
     with one_line_for(out), StopAsked() as stop:
         out.mkdir(parents=True, exist_ok=True)
         with checkpoint.only_one(out / "lock"):
@@ -587,20 +649,46 @@ def run(given: dict) -> int:
                 print(f"{early}; saved after step {trainer.steps_done}; to go on: {go_on}")
                 return 130 if early == "stopped" else 1
             try:
-                finish(settings, trainer, out, given.get("test_stories", 300), stop)
+                if stop.asked:  # while the last step was saved
+                    raise KeyboardInterrupt
+                if not quiet_end:
+                    finish(settings, trainer, out, given.get("test_stories", 300), both_with)
             except KeyboardInterrupt:
-                raise KeyboardInterrupt(f"stopped; all steps are done and saved; for page and table: {go_on}") from None
+                raise KeyboardInterrupt(f"stopped; all steps are done and saved; to go on: {go_on}") from None
     return 0
 
 
-def finish(settings: Settings, trainer: Trainer, out: Path, test_stories: int, stop: StopAsked) -> None:
-    """What comes when all steps are done: the page, and on the toy world the table."""
-    if stop.asked:  # while the last step was saved
-        raise KeyboardInterrupt
-    write_report([out])
+def run_both(given: dict) -> int:
+    """GRPO, then CLIPO, from one warm start; then a table and a page of both. What is done is not done again."""
+    if wrong := sorted({"model", "data", "weight", "resume"} & set(given)):
+        raise UserError(
+            f"--both is given with --{wrong[0]}; expected --both without it: it trains the toy world's own model with "
+            "and without the contrastive reward, and goes on by itself where it was stopped"
+        )
+    runs = Path(given.pop("out", "runs"))
+    for weight, quiet_end in (({"weight": 0.0}, True), ({}, False)):
+        one = {**given, **weight}
+        out = runs / default_out(settings_from(one)).name
+        one |= {"out": str(out), "resume": (out / "settings.json").exists()}
+        if weight:
+            before = out
+        if status := run(one, both_with=None if quiet_end else before, quiet_end=quiet_end):
+            return status
+    return 0
+
+
+def finish(settings: Settings, trainer: Trainer, out: Path, test_stories: int, grpo: Path | None) -> None:
+    """What comes when all steps are done: the page, and on the toy world the table; with the run of GRPO, if given."""
+    write_report([out, grpo] if grpo else [out])
     if settings.data == "toy":
-        base, _ = checkpoint.load_model(settings.model, trainer.policy.device)
-        finish_toy(settings, trainer, out, base, test_stories)
+        device = trainer.policy.device
+        models = {"start": checkpoint.load_model(settings.model, device)[0]}
+        if grpo:
+            models |= {"GRPO": checkpoint.load_model(str(grpo), device)[0], "CLIPO": trainer.policy}
+        else:
+            models["trained"] = trainer.policy
+        evaluated(models, trainer, out, test_stories)
+        try_next(settings, both=grpo is not None)
     print(f"\n{out} holds the model, metrics.jsonl, rollouts.jsonl; open {out / 'report.html'} in a browser")
 
 
@@ -609,8 +697,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers.logging.disable_progress_bar()
     try:
         arguments = sys.argv[1:] if arguments is None else list(map(str, arguments))
-        given = vars(parser().parse_args(arguments))
-        return run({**given, "command": shlex.join(["python", "train.py", *arguments])})
+        given = vars(parser().parse_args(arguments or ["--both"]))
+        given["command"] = shlex.join(["python", "train.py", *arguments])
+        return run_both(given) if given.pop("both", False) else run(given)
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2

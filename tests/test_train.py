@@ -62,7 +62,7 @@ def test_a_toy_run_leaves_everything_it_promises(toy_run):
     out, stdout = toy_run
     for level in toy.LEVELS:
         assert re.search(rf"^{level} +answer right +\d+% \[\d+, \d+\] +\d+% \[\d+, \d+\]$", stdout, re.M)
-    assert "python train.py --seed 0 --weight 0" in stdout
+    assert "python train.py --both " in stdout
     metrics = lines(out / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2, 3, 4]
     assert {"reward", "accuracy", "process", "contrastive_loss", "on_floor", "entropy", "seconds"} <= set(metrics[0])
@@ -77,6 +77,82 @@ def test_a_toy_run_leaves_everything_it_promises(toy_run):
     assert (out / "report.html").read_text().startswith("<!doctype html>")
     evaluation = json.loads((out / "evaluation.json").read_text())
     assert set(evaluation["trained"]) == set(toy.LEVELS)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """GRPO and CLIPO by one command, stopped in the second run, and gone on with by the same command."""
+    folder = tmp_path_factory.mktemp("both")
+    options = [*TINY_RUN, "--both", "--steps", 3, "--save-every", 1, "--out", folder]
+    process = subprocess.Popen(command(*options), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while not (folder / "toy" / "metrics.jsonl").exists() or not (folder / "toy" / "metrics.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stopped, _ = process.communicate(timeout=120)
+    before = (folder / "toy-grpo" / "model.safetensors").stat().st_mtime_ns
+    again = run(*options)
+    assert again.returncode == 0, again.stderr
+    assert (folder / "toy-grpo" / "model.safetensors").stat().st_mtime_ns == before  # done already
+    return folder, process.returncode, stopped, again.stdout
+
+
+def test_both_prints_one_table_of_start_grpo_and_clipo(both):
+    folder, _, _, stdout = both
+    assert stdout.count("greedy, 10 stories a level") == 1
+    assert re.search(r"a level +start +GRPO +CLIPO$", stdout, re.M)
+    interval = r" +(\d+% \[\d+, \d+\]|none)"
+    for level in toy.LEVELS:
+        assert re.search(rf"^{level} +answer right({interval}){{3}}$", stdout, re.M)
+    assert list(json.loads((folder / "toy" / "evaluation.json").read_text())) == ["start", "GRPO", "CLIPO"]
+    page = (folder / "toy" / "report.html").read_text()
+    assert '"name":"toy"' in page and '"name":"toy-grpo"' in page  # one drawn over the other
+
+
+def test_both_start_from_the_same_model_and_differ_in_the_weight_alone(both):
+    grpo, ours = (json.loads((both[0] / name / "settings.json").read_text()) for name in ("toy-grpo", "toy"))
+    assert grpo["model"] == ours["model"]
+    assert {name for name in ours["config"] if grpo["config"][name] != ours["config"][name]} == {"weight"}
+    first = [lines(both[0] / name / "metrics.jsonl")[0] for name in ("toy-grpo", "toy")]
+    assert first[0]["accuracy"] == first[1]["accuracy"]
+
+
+def test_both_can_be_stopped_and_the_same_command_goes_on(both):
+    folder, status, stopped, _ = both
+    assert status in (0, 130)  # (it may have been done when the signal came)
+    assert status == 0 or f"to go on: python train.py {' '.join(TINY_RUN)} --both" in stopped
+    assert [row["step"] for row in lines(folder / "toy" / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_no_options_at_all_are_both(monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "run_both", lambda given: asked.append(given) or 0)
+    assert train.main([]) == 0
+    assert asked == [{"command": "python train.py"}]
+
+
+def levels(p0, p2):
+    """Answers and processes right of 100 stories, on P0 and on P2."""
+    one = {"P0": p0, "P2": p2}
+    return {level: {"answer": (a, 100), "process": (p, 100), "lucky": (a - p, a)} for level, (a, p) in one.items()}
+
+
+START = levels((80, 78), (65, 62))
+
+
+@pytest.mark.parametrize(
+    "grpo, ours, first, second",
+    [
+        (levels((99, 0), (23, 0)), levels((90, 90), (75, 74)), "GRPO learnt to copy", "went on calculating: 75% on P2"),
+        (levels((99, 0), (23, 0)), levels((98, 0), (24, 0)), "GRPO learnt to copy", "not prevent it here (24% on P2)"),
+        (levels((99, 0), (23, 0)), levels((98, 0), (50, 0)), "GRPO learnt to copy", "did not prevent it"),  # by luck
+        (levels((88, 87), (70, 69)), levels((90, 90), (72, 72)), "GRPO did not learn to copy", "CLIPO has 72% on P2."),
+    ],
+)  # fmt: skip
+def test_the_sentences_say_what_the_table_shows(grpo, ours, first, second):
+    told = train.what_to_see(START, grpo, ours).splitlines()
+    assert len(told) == 2 and first in told[0] and second in told[1]
+    assert f"{grpo['P0']['answer'][0]}% of its answers are right, {grpo['P0']['process'][0]}% by sound" in told[0]
 
 
 def test_dapo_replaces_groups_and_logs_the_stories_that_were_answered(tmp_path):
@@ -213,6 +289,8 @@ def test_every_epoch_visits_every_prompt_once_in_its_own_order(tmp_path):
         (["--samples-per-prompt", "1"], "--samples-per-prompt is 1; expected at least 2"),
         (["--save-every", "0"], "--save-every is 0; expected 1 or more"),
         (["--data", "gsm8k"], "--data is gsm8k but no --model is given"),
+        (["--both", "--weight", "0"], "--both is given with --weight"),
+        (["--both", "--model", "x"], "--both is given with --model"),
         (["--resume"], "--resume is given without --out"),
         (["--resume", "--out", "nowhere"], "nowhere holds no run to resume"),
         (["--model", "."], " has no config.json; expected a folder that save_pretrained wrote"),
@@ -248,4 +326,4 @@ def test_help_shows_every_setting_with_its_default(capsys):
     for field in train.dataclasses.fields(train.CLIPOConfig):
         assert f"--{field.name.replace('_', '-')}" in said
         assert f"(default: {field.default}" in said
-    assert "(default: 512; math: 128; toy: 16)" in said
+    assert "(default: 512; math: 128; toy: 8)" in said
