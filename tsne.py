@@ -160,7 +160,7 @@ def panels(models: Sequence[str], problems: Sequence[Problem], given: argparse.N
 
 CAPTION = (
     "A t-SNE picture alone proves nothing. Silhouette (right against wrong, within a question) and purity (10 nearest "
-    "neighbours)\nare computed in the original space, with cosine distance."
+    "neighbours)\nare computed in the original space, with cosine distance. A number: so many equal rollouts in one dot."
 )
 FEWEST = 10  # points of a picture
 SPACES = {"hidden": "mean hidden state h", "z": "the head's embedding z"}
@@ -189,12 +189,27 @@ def flat(points: np.ndarray, perplexity: float, seed: int) -> np.ndarray:
     return TSNE(perplexity=perplexity, init="pca", metric="cosine", random_state=seed).fit_transform(points)
 
 
+def gathered(points: np.ndarray, xy: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Equal rollouts as one dot: which rollout stands for each dot, where it is, and how many it is.
+
+    points (B, width), their places xy (B, 2) -> (dots,), (dots, 2), (dots,). (t-SNE moves equal points apart a little.)
+
+    >>> points, xy = np.array([[1, 0], [0, 1], [1, 0]]), np.array([[2.0, 2.0], [5.0, 5.0], [4.0, 2.0]])
+    >>> [values.tolist() for values in gathered(points, xy)]
+    [[1, 0], [[5.0, 5.0], [3.0, 2.0]], [1, 2]]
+    """
+    _, first, dot, count = np.unique(points, axis=0, return_index=True, return_inverse=True, return_counts=True)
+    places = np.zeros((len(first), 2))
+    np.add.at(places, dot.ravel(), xy)
+    return first, places / count[:, None], count
+
+
 def number(value: float | None) -> str:
     return "none" if value is None else f"{value:.2f}"
 
 
 def draw(found: dict[str, dict], file: Path, *, perplexity: float, seed: int, by_question: bool) -> None:
-    """A panel for each model and space; by verdict (filled: right, round: sound), or a colour for each question."""
+    """A panel for each model and space; by verdict, or a colour for each question. A dot's area is how many it is."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -210,8 +225,9 @@ def draw(found: dict[str, dict], file: Path, *, perplexity: float, seed: int, by
             if space not in one:
                 axis.text(0.5, 0.5, "no head", ha="center", transform=axis.transAxes)
                 continue
-            xy, right, question = flat(one[space], perplexity, seed), one["right"], one["question"]
-            sound = one.get("sound", np.ones_like(right))
+            first, xy, count = gathered(one[space], flat(one[space], perplexity, seed))
+            right, question = one["right"][first], one["question"][first]
+            sound = one["sound"][first] if "sound" in one else np.ones_like(right)
             for is_right, is_sound, marker, colour, label in (
                 (True, True, "o", "tab:blue", "right, sound" if "sound" in one else "right"),
                 (True, False, "^", "tab:orange", "right by wrong steps"),
@@ -225,14 +241,18 @@ def draw(found: dict[str, dict], file: Path, *, perplexity: float, seed: int, by
                         if by_question
                         else {"color": colour}
                     )
-                    axis.scatter(*xy[here].T, s=18, marker=marker, label=label, alpha=0.8, **colours)
+                    axis.scatter(*xy[here].T, s=16 * count[here], marker=marker, label=label, alpha=0.7, **colours)
+            for place, n in zip(xy[count > 2], count[count > 2], strict=True):
+                axis.annotate(str(n), place, ha="center", va="center", fontsize=7)
             caption = captions[name, space]
             axis.set_xlabel("silhouette {silhouette}, purity {purity}; {right} right".format(**caption))
     figure.suptitle(CAPTION, fontsize=10)
     handles = {
         label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    legend = figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    for handle in legend.legend_handles:
+        handle.set_sizes([30])
     figure.savefig(file, dpi=110)
     plt.close(figure)
 

@@ -9,6 +9,7 @@ NAME is one of: {names}.
 
 Every table compares arms seed by seed with the arm they are measured against: the same warm start, the same stories.
 Intervals are 95% t-intervals of the mean paired difference over seeds. Shares are of {stories} stories, in percent.
+The *oracle* is a ceiling, by cheating: it is rewarded if the whole response is sound, steps and all.
 """
 
 from __future__ import annotations
@@ -41,11 +42,14 @@ from problems import OptionParser
 
 @dataclass(frozen=True)
 class Arm:
-    """What is changed of the toy track and of the toy world, and the name of the arm that it is compared with."""
+    """What is changed of the toy track, the toy world and the trainer, and which arms it is compared with."""
 
     config: dict = field(default_factory=dict)
     against: str | None = "GRPO"
     world: dict = field(default_factory=dict)
+    trainer: str = ""  # one of lab.referees.TRAINERS
+    ceiling: str = "oracle"
+    size: str = "tiny"
 
     def run(self, seed: int, steps: int | None = None) -> Run:
         """What only repeats a default is left out, so that the same arm under two names is one run.
@@ -56,22 +60,48 @@ class Arm:
         usual, usual_world = CLIPOConfig.for_track("toy"), toy.WORLD
         config = {name: value for name, value in config.items() if value != getattr(usual, name)}
         world = {name: value for name, value in self.world.items() if value != getattr(usual_world, name)}
-        return Run("train", seed, config, world, **({"batches": 30, "stories": 30} if steps else {}))
+        short = {"batches": 30, "stories": 30} if steps else {}
+        whole = {"twice": True, "levels": tuple(toy.LEVELS)} if self.is_of_track1 else {}
+        return Run("train", seed, config, world, trainer=self.trainer, size=self.size, **short, **whole)
+
+    @property
+    def is_of_track1(self) -> bool:
+        """Its arms are measured on every level, and after twice the steps too, whatever table asks for them."""
+        mine = self.config, self.world, self.trainer, self.size
+        return any(mine == (arm.config, arm.world, arm.trainer, arm.size) for arm in TRACK1.values())
 
 
 PAPER = {f.name: f.default for f in fields(CLIPOConfig) if f.name in INFORMATIVE}  # the paper's constants
 SHUFFLED = {"shuffle_contrast": True}
-GRPO, CLIPO = Arm({"weight": 0.0}, against=None), Arm()
+WITHOUT = {"weight": 0.0}
+GRPO, CLIPO, ORACLE = Arm(WITHOUT, against=None), Arm(), Arm(WITHOUT, trainer="oracle")
+ENDS = {"GRPO": GRPO, "oracle": ORACLE}  # between which an arm is measured
 
-TRACK1 = {
-    "GRPO": GRPO,
+TRACK1 = {"GRPO": GRPO, "CLIPO": CLIPO, "CLIPO, shuffled": Arm(SHUFFLED), "oracle": ORACLE}
+MECHANISM = {
     "CLIPO": CLIPO,
     "CLIPO, shuffled": Arm(SHUFFLED),
     "paper's constants": Arm(PAPER),
-    "paper's constants, shuffled": Arm(PAPER | SHUFFLED),
+    "GRPO": GRPO,
+    "oracle": ORACLE,
 }
-
-FRESH = {arm: TRACK1[arm] for arm in ("GRPO", "CLIPO", "CLIPO, shuffled")}
+REFEREE = ENDS | {
+    "CLIPO": CLIPO,
+    "CLIPO, shuffled": Arm(SHUFFLED),
+    "paper's constants": Arm(PAPER),
+    **{f"GRPO, beta {beta}": Arm(WITHOUT | {"beta": beta}) for beta in (0.1, 0.5)},
+    "GRPO, a quarter of lr": Arm(WITHOUT | {"lr": 2.5e-5}),
+    "CLIPO, no KL": Arm({"beta": 0.0}),
+    "agreement of texts: same steps": Arm(trainer="same steps"),
+    "agreement of texts: similarity": Arm(trainer="similar text"),
+    "agreement in the frozen start": Arm(trainer="frozen start"),
+}
+SMALL = {  # a model of 27M parameters
+    "GRPO": Arm(WITHOUT, None, size="small"),
+    "paper's constants": Arm(PAPER, size="small"),
+    "CLIPO": Arm(size="small"),
+    "oracle": Arm(WITHOUT, trainer="oracle", size="small"),
+}
 BASELINES = {
     name + plus: Arm(config | weight, against)
     for name, config in {
@@ -80,39 +110,38 @@ BASELINES = {
         "GSPO": {"policy_loss": "gspo"},
         "GMPO": {"policy_loss": "gmpo"},
     }.items()
-    for plus, weight, against in (("", {"weight": 0.0}, None), (" + CLIPO", {}, name))
-}
-LOSSES = {"GRPO": GRPO} | {
+    for plus, weight, against in (("", WITHOUT, None), (" + CLIPO", {}, name))
+} | {"oracle": ORACLE}
+LOSSES = ENDS | {
     kind: Arm({"contrastive_kind": kind}) for kind in ("decoupled", "infonce", "supcon_out", "supcon_in", "soft_nn")
 }
-HEAD = {
-    "GRPO": GRPO,
+HEAD = ENDS | {
     "trained": CLIPO,
     "fixed": Arm({"head_steps": 0}),
     "MLP": Arm({"head_mlp": True}),
     "no warm-up": Arm({"head_warmup_steps": 0}),
     "warm-up of 12 steps": Arm({"head_warmup_steps": 12}),
 }
-TEMPERATURE = {"GRPO": GRPO} | {f"tau {t}": Arm({"tau": t}) for t in (0.02, 0.05, 0.1, 0.5)}
-WEIGHT = {"GRPO": GRPO} | {f"lambda {weight}": Arm({"weight": weight}) for weight in (0.1, 0.3, 1.0, 2.0)}
-PRECISION = {"GRPO": GRPO, "float32": CLIPO, "bfloat16": Arm({"compute_dtype": "bfloat16"})}
+TEMPERATURE = ENDS | {f"tau {t}": Arm({"tau": t}) for t in (0.02, 0.05, 0.1, 0.5)}
+WEIGHT = ENDS | {f"lambda {weight}": Arm({"weight": weight}) for weight in (0.1, 0.3, 1.0, 2.0)}
+PRECISION = ENDS | {"float32": CLIPO, "bfloat16": Arm({"compute_dtype": "bfloat16"})}
 GROUP_SIZE = {
     f"{name}, G = {size}": Arm(
-        config | {"samples_per_prompt": size, "prompts_per_step": 256 // size, "mini_batch_prompts": 256 // size},
+        config | {"samples_per_prompt": size, "prompts_per_step": 128 // size, "mini_batch_prompts": 128 // size},
         against,
     )
     for size in (4, 8, 16, 32)
-    for name, config, against in (("GRPO", {"weight": 0.0}, None), ("CLIPO", {}, f"GRPO, G = {size}"))
-}
+    for name, config, against in (("GRPO", WITHOUT, None), ("CLIPO", {}, f"GRPO, G = {size}"))
+} | {"oracle": ORACLE}
 UNSCALED = {"scale_by_std": False}
 SCOPE = (
-    {"GRPO": GRPO}
+    ENDS
     | {scope: Arm({"contrastive_scope": scope}) for scope in ("group", "wrong_of_all", "batch")}
     | {
         # Two ideas of ours: consensus over all questions by a head that the verdicts do not teach, and advantages that
         # do not blow up what little tells the rollouts of an all-right group apart.
         "batch, tau 0.2, fixed head": Arm({"contrastive_scope": "batch", "tau": 0.2, "head_steps": 0}),
-        "GRPO, unscaled": Arm(UNSCALED | {"weight": 0.0}, None),
+        "GRPO, unscaled": Arm(UNSCALED | WITHOUT, None),
         "wrong_of_all, unscaled": Arm(UNSCALED, "GRPO, unscaled"),
     }
 )
@@ -132,44 +161,37 @@ CHANGES: dict[str, dict] = {
 RUNGS = {"paper's constants": PAPER}
 for change in CHANGES:
     RUNGS[f"+ {change}"] = list(RUNGS.values())[-1] | CHANGES[change]
-LADDER = {"GRPO": GRPO} | {
-    name + end: Arm(config | control)
-    for name, config in RUNGS.items()
-    for end, control in (("", {}), (", shuffled", SHUFFLED))
-}
+LADDER = ENDS | {name: Arm(config) for name, config in RUNGS.items()}
 # The same changes alone, for frozen policies: each added to the paper's constants, each taken away from ours.
 ALONE = {f"paper's, {name}": PAPER | change for name, change in CHANGES.items()}
-WITHOUT = {
+TAKEN_AWAY = {
     f"ours without: {name}": {key: PAPER[key] for key in change}
     for name, change in CHANGES.items()
     if name != "all positives"  # without them, as without "decoupled", the loss is the paper's
 }
 
+
+def in_world(world: dict, where: str) -> dict[str, Arm]:
+    """GRPO, CLIPO and the oracle in another world, or for another time."""
+    grpo, oracle = f"GRPO, {where}", f"oracle, {where}"
+    return {
+        grpo: Arm(WITHOUT, None, world),
+        f"CLIPO, {where}": Arm({}, grpo, world, ceiling=oracle),
+        oracle: Arm(WITHOUT, grpo, world, "oracle", ceiling=oracle),
+    }
+
+
 SOUND, FRIEND = (0.4, 0.6, 0.8), (0.80, 0.90, 0.99)  # the dials of the phase map
-
-
-def phase_arm(config: dict, sound: float, friend: float, against: str | None) -> Arm:
-    tests = toy.WORLD.friend_right[3:]  # training stories have up to 3 clauses
-    return Arm(config, against, {"sound_demos": sound, "friend_right": (friend,) * 3 + tests})
-
-
 PHASE = {
-    f"{name}, sound {sound}, friend {friend}": phase_arm(config, sound, friend, against)
+    name: arm
     for sound in SOUND
-    for friend in FRIEND
-    for name, config, against in (
-        ("GRPO", {"weight": 0.0}, None), ("CLIPO", {}, f"GRPO, sound {sound}, friend {friend}")
-    )
-}  # fmt: skip
-LIMITS = {
-    f"{name}, {limit}": Arm(config | changes, against, world)
-    for limit, changes, world in (
-        ("as usual", {}, {}),
-        ("150 steps", {"steps": 150}, {}),
-        ("20% of sums mis-taught", {}, {"mistaught": 0.2}),
-    )
-    for name, config, against in (("GRPO", {"weight": 0.0}, None), ("CLIPO", {}, f"GRPO, {limit}"))
+    for friend in FRIEND  # (training stories have up to 3 clauses)
+    for name, arm in in_world(
+        {"sound_demos": sound, "friend_right": (friend,) * 3 + toy.WORLD.friend_right[3:]},
+        f"sound {sound}, friend {friend}",
+    ).items()
 }
+LIMITS = in_world({}, "as usual") | in_world({"mistaught": 0.2}, "20% of sums mis-taught")
 
 # ----------------------------------------------------------------------------------------------------
 # From lines to tables
@@ -226,6 +248,17 @@ def percent(values: Sequence[float]) -> str:
     return f"{100 * np.mean(values):.0f} ({', '.join(f'{100 * v:.0f}' for v in values)})"
 
 
+def way(lines: Lines, arm: str, against: str, ceiling: str, *what: str) -> float | None:
+    """The share of the way from `against` to the ceiling that an arm has come: of the means over their common seeds."""
+    ours, floor, top = (
+        {line["seed"]: share(line, *what) for line in lines.get(name, [])} for name in (arm, against, ceiling)
+    )
+    if not (common := sorted(set(ours) & set(floor) & set(top))):
+        return None
+    ours, floor, top = (float(np.mean([of[seed] for seed in common])) for of in (ours, floor, top))
+    return (ours - floor) / (top - floor) if top > floor else None
+
+
 def interval(values: Sequence[float]) -> str:
     """The mean in points, with sign, and its interval.
 
@@ -237,8 +270,16 @@ def interval(values: Sequence[float]) -> str:
 
 
 def over_history(lines: Sequence[dict], name: str) -> float:
-    """Mean over runs of the mean over steps of something that each step measured; not a number if none did."""
-    means = [np.mean(known) for line in lines if (known := [v for v in line["history"][name] if v is not None])]
+    """Mean over runs of the mean over steps of something that each step measured; not a number if none did.
+
+    (Where a run went on to twice the steps, its first half, as for all others.)
+    """
+
+    def known(line: dict) -> list[float]:
+        values = line["history"][name]
+        return [v for v in values[: len(values) // (1 + line["twice"])] if v is not None]
+
+    means = [np.mean(values) for line in lines if (values := known(line))]
     return float(np.mean(means)) if means else float("nan")
 
 
@@ -258,6 +299,7 @@ def comparison(arms: dict[str, Arm], lines: Lines) -> str:
             continue
         pays = spec.config.get("weight") != 0.0 and "history" in lines[arm][0]
         paired = spec.against and lines[spec.against]
+        come = way(lines, arm, spec.against, spec.ceiling, "P2", "answer") if paired else None
         rows.append({
             "arm": arm,
             "P0 process": percent(shares(lines[arm], "P0", "process")),
@@ -265,45 +307,72 @@ def comparison(arms: dict[str, Arm], lines: Lines) -> str:
             "P2 process": percent(shares(lines[arm], "P2", "process")),
             "P2 answers, difference": interval(differences(lines, arm, spec.against, "P2", "answer")) if paired else "",
             "to": spec.against if paired else "",
+            "of the way to the oracle": "" if come is None else f"{100 * come:.0f}%",
             "gap": decimal(over_history(lines[arm], "gap")) if pays else "",
-            "on floor": decimal(over_history(lines[arm], "on_floor")) if pays else "",
+            "on floor": decimal(over_history(lines[arm], "on_floor")) if pays and not spec.trainer else "",
             "no contrast": decimal(over_history(lines[arm], "groups_without_contrast")) if pays else "",
         })  # fmt: skip
     return markdown(rows)
 
 
+TIMES = {"": "greedy", "_twice": "greedy_twice"}  # after the default number of steps, and after twice as many
+
+
 def levels_table(arms: dict[str, Arm], lines: Lines) -> str:
-    """Every level and metric, greedy and sampled: the mean over seeds of every arm, in percent."""
+    """Every level and metric: the mean over seeds of every arm, in percent, after the usual steps / twice as many."""
     rows = []
     for level in toy.LEVELS:
         for metric in ("answer", "process", "lucky"):
             row = {"level": level, "share": {"lucky": "lucky, of the right"}.get(metric, f"{metric} right")}
             for arm in arms:
-                means = [known_mean(shares(lines[arm], level, metric, how)) for how in ("greedy", "sampled")]
+                means = [
+                    known_mean(shares(lines[arm], level, metric, how)) for how in TIMES.values() if how in lines[arm][0]
+                ]
                 row[arm] = " / ".join("none" if mean is None else f"{100 * mean:.0f}" for mean in means)
             rows.append(row)
     return markdown(rows)
 
 
 def track1_json(lines: Lines) -> dict:
-    """{level: {metric: GRPO's and CLIPO's mean, their paired difference, its 95% t-interval, number of seeds}}.
+    """{level, or level_twice: {metric_greedy: each arm's mean, and CLIPO's paired difference to GRPO's}}, as fractions.
 
+    low, high: the difference's 95% t-interval. share: of the way from GRPO to the oracle. worst: CLIPO's lowest seed.
     Only seeds in which both arms have the share count (a lucky share needs a right answer); null: there is no number.
     """
     result: dict[str, dict] = {}
     for level in toy.LEVELS:
-        for metric in ("answer", "process", "lucky"):
-            for how in ("greedy", "sampled"):
+        for end, how in TIMES.items():
+            for metric in ("answer", "process", "lucky"):
                 what = level, metric, how
                 changes = [d for d in differences(lines, "CLIPO", "GRPO", *what) if not np.isnan(d)]
                 interval = t_interval(changes) if changes else [np.nan] * 3
-                result.setdefault(level, {})[f"{metric}_{how}"] = {
-                    "grpo": known_mean(shares(lines["GRPO"], *what)),
-                    "clipo": known_mean(shares(lines["CLIPO"], *what)),
+                ours = [value for value in shares(lines["CLIPO"], *what) if not np.isnan(value)]
+                result.setdefault(level + end, {})[f"{metric}_greedy"] = {
+                    **{JSON_NAMES[arm]: known_mean(shares(lines[arm], *what)) for arm in TRACK1},
                     **{name: known_mean([x]) for name, x in zip(("diff", "low", "high"), interval, strict=True)},
+                    "share": way(lines, "CLIPO", "GRPO", "oracle", *what) if metric != "lucky" else None,
+                    "worst": min(ours, default=None),
                     "seeds": len(changes),
                 }
     return result
+
+
+JSON_NAMES = {"GRPO": "grpo", "CLIPO": "clipo", "CLIPO, shuffled": "shuffled", "oracle": "oracle"}
+
+
+def twice_table(lines: Lines) -> str:
+    """Track I's arms after the usual number of steps and after twice as many: P2 answers of every seed."""
+    rows = []
+    for arm in TRACK1:
+        row = {"arm": arm}
+        for title, how in zip(("usual", "twice"), TIMES.values(), strict=True):
+            what = "P2", "answer", how
+            row[f"P2 answers, {title} (seeds)"] = percent(shares(lines[arm], *what))
+            row[f"minus GRPO's, {title}"] = interval(differences(lines, arm, "GRPO", *what)) if arm != "GRPO" else ""
+            come = way(lines, arm, "GRPO", "oracle", *what) if arm != "GRPO" else None
+            row[f"of the way to the oracle, {title}"] = "" if come is None else f"{100 * come:.0f}%"
+        rows.append(row)
+    return markdown(rows)
 
 
 def frozen_table(lines: Sequence[dict]) -> str:
@@ -345,7 +414,34 @@ def provenance(name: str, lines: Sequence[dict]) -> str:
 # Figures
 # ----------------------------------------------------------------------------------------------------
 
-STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # so that a figure can be read in grey print
+# One look an arm, in all figures: a colour that colour-blind readers can tell apart, a line for grey print, a marker.
+LOOKS = {
+    "GRPO": {"color": "#B34700", "linestyle": "--", "marker": "s"},
+    "CLIPO": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
+    "CLIPO, shuffled": {"color": "#7FB8D8", "linestyle": "-.", "marker": "^"},
+    "oracle": {"color": "#009E73", "linestyle": ":", "marker": "D"},
+    "paper's constants": {"color": "#8A4A73", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "v"},
+}
+STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # of what is no arm of its own
+
+
+def line_of(arm: str) -> dict:
+    """How an arm's curve is drawn."""
+    return {"label": arm, **{name: LOOKS[arm][name] for name in ("color", "linestyle")}}
+
+
+def beside(values: Sequence[float], size: float = 0.015, step: float = 0.11) -> list[float]:
+    """By how much each dot is moved aside, so that none hides another: those closer than `size` stand in a column.
+
+    >>> beside([0.50, 0.80, 0.505, 0.51])
+    [0.0, 0.0, 0.11, -0.11]
+    """
+    moved: list[float] = []
+    for i, value in enumerate(values):
+        taken = {moved[j] for j in range(i) if abs(values[j] - value) < size}
+        places = (k * step * side for k in range(len(values)) for side in (1, -1))
+        moved.append(next(place for place in places if place not in taken) + 0.0)
+    return moved
 
 
 def curve(lines: Sequence[dict], name: str, window: int = 5) -> tuple[np.ndarray, np.ndarray]:
@@ -377,13 +473,13 @@ def save(figure, file: Path) -> None:
 def mechanism_figure(lines: Lines, file: Path) -> None:
     """What the reward pays for soundness: over training, by the sound share, and what stands on the floor."""
     figure, axes = plot().subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    for arm, style in zip([a for a in TRACK1 if a != "GRPO"], STYLES, strict=False):
-        axes[0].plot(*curve(lines[arm], "gap"), linestyle=style, label=arm)
-        axes[2].plot(*curve(lines[arm], "on_floor"), linestyle=style, label=arm)
+    for arm in [a for a in MECHANISM if a not in ENDS]:
+        axes[0].plot(*curve(lines[arm], "gap"), **line_of(arm))
+        axes[2].plot(*curve(lines[arm], "on_floor"), **line_of(arm))
         bins = np.sum([line["gap_by_share"] for line in lines[arm]], axis=0)  # (SHARES, 2)
         some = bins[:, 0] >= 20  # groups; the mean of fewer says little
-        axes[1].plot((np.arange(SHARES)[some] + 0.5) / SHARES, bins[some, 1] / bins[some, 0], linestyle=style,
-                     marker="o", label=arm)  # fmt: skip
+        middles = (np.arange(SHARES)[some] + 0.5) / SHARES
+        axes[1].plot(middles, bins[some, 1] / bins[some, 0], marker=LOOKS[arm]["marker"], **line_of(arm))
     unit = "paid to sound minus unsound,\nin standard deviations of the group's reward"
     axes[0].set(title="What soundness is paid, over training", xlabel="step", ylabel=unit)
     axes[1].set(title="... by how many of the right answers are sound",
@@ -398,16 +494,22 @@ def mechanism_figure(lines: Lines, file: Path) -> None:
 
 def track1_figure(lines: Lines, file: Path) -> None:
     """Every seed a dot: answers on the longest stories, and the share of sound rollouts over training."""
-    figure, (dots, curves) = plot().subplots(1, 2, figsize=(13, 4.2), layout="constrained")
-    for place, (arm, style) in enumerate(zip(TRACK1, STYLES, strict=True)):
-        values = shares(lines[arm], "P2", "answer")
-        dots.plot(values, [place] * len(values), "o", fillstyle="none", color="black")
-        dots.plot(np.mean(values), place, "|", color="black", markersize=22)
-        curves.plot(*curve(lines[arm], "process"), linestyle=style, label=arm)
-    dots.set(title="Right answers on P2, greedy (a dot is a seed, the bar their mean)", xlabel="share of stories",
-             xlim=(0, 1))  # fmt: skip
-    dots.set_yticks(range(len(TRACK1)), list(TRACK1))
+    figure, (dots, curves) = plot().subplots(1, 2, figsize=(13, 4.8), layout="constrained")
+    steps = CLIPOConfig.for_track("toy").steps
+    for place, arm in enumerate(TRACK1):
+        for end, (how, fill) in enumerate(zip(TIMES.values(), ("full", "none"), strict=True)):
+            values, row = shares(lines[arm], "P2", "answer", how), place + 0.45 * end
+            look = {"marker": LOOKS[arm]["marker"], "color": LOOKS[arm]["color"], "fillstyle": fill}
+            dots.plot(values, np.array(beside(values, 0.012, 0.045)) + row, linestyle="", markersize=4.5, **look)
+            dots.plot(np.mean(values), row, "|", color="black", markersize=20)
+        curves.plot(*curve(lines[arm], "process"), **line_of(arm))
+    title = (
+        f"Right answers on P2, greedy: a dot is a seed, the bar their mean\n(full: {steps} steps, hollow: {2 * steps})"
+    )
+    dots.set(title=title, xlabel="share of stories", xlim=(0, 1))
+    dots.set_yticks(np.arange(len(TRACK1)) + 0.22, list(TRACK1))
     dots.invert_yaxis()
+    curves.axvline(steps, color="0.6", linewidth=0.8)
     curves.set(title="Sound rollouts during training (P0), mean over seeds", xlabel="step", ylabel="share", ylim=(0, 1))
     curves.legend()
     for axis in (dots, curves):
@@ -418,7 +520,7 @@ def track1_figure(lines: Lines, file: Path) -> None:
 def temperature_figure(lines: Lines, file: Path) -> None:
     """Does a low temperature align the correct rollouts of a group?"""
     figure, axis = plot().subplots(figsize=(6.5, 4.2), layout="constrained")
-    for arm, style in zip([a for a in TEMPERATURE if a != "GRPO"], STYLES, strict=False):
+    for arm, style in zip([a for a in TEMPERATURE if a not in ENDS], STYLES, strict=False):
         axis.plot(*curve(lines[arm], "cosine"), linestyle=style, label=arm)
     axis.set(title="Alignment of a group's correct rollouts", xlabel="step", ylabel="mean cosine of z")
     axis.legend()
@@ -462,29 +564,29 @@ class Experiment:
     arms: dict[str, Arm]
     seeds: int = 4
     figure: Callable[[Lines, Path], None] | None = None
-    first: int = 0  # seed
 
 
+FIRST = 16  # seeds below it were looked at while the world was made
 EXPERIMENTS = {  # the most important first: `all` may be stopped
-    "mechanism": Experiment("What the contrastive reward pays for", TRACK1, 8, mechanism_figure),
-    "track1": Experiment("Track I in miniature", TRACK1, 8, track1_figure),
-    "scope": Experiment("Where positives and negatives come from", SCOPE),
-    "ladder": Experiment("From the paper's constants to ours, one change on top of the other", LADDER),
-    "phase": Experiment("When does it help? The world's two dials", PHASE, figure=phase_figure),
-    "losses": Experiment("Contrastive losses", LOSSES),
-    "temperature": Experiment("Temperature tau", TEMPERATURE, figure=temperature_figure),
-    "baselines": Experiment("Policy losses, each with and without CLIPO", BASELINES),
-    "limits": Experiment("Does it last, and where does it not hold?", LIMITS),
-    "head": Experiment("The contrastive head", HEAD),
-    "weight": Experiment("Weight lambda", WEIGHT),
-    "groupsize": Experiment("Group size at equal rollouts per step", GROUP_SIZE),
-    "precision": Experiment("Matrix products in bfloat16, weights and optimiser in float32", PRECISION),
-    "fresh": Experiment("Track I on seeds that nothing was chosen by", FRESH, first=8),
-    "twelve": Experiment("Track I on all twelve seeds, the fresh ones too", FRESH, 12),
+    "track1": Experiment("Track I in miniature", TRACK1, 16, track1_figure),
+    "referee": Experiment("What a referee would ask", REFEREE, 4),
+    "mechanism": Experiment("What the contrastive reward pays for", MECHANISM, 4, mechanism_figure),
+    "limits": Experiment("Where does it not hold?", LIMITS, 2),
+    "phase": Experiment("When does it help? The world's two dials", PHASE, 2, phase_figure),
+    "ladder": Experiment("From the paper's constants to ours, one change on top of the other", LADDER, 2),
+    "baselines": Experiment("Policy losses, each with and without CLIPO", BASELINES, 2),
+    "head": Experiment("The contrastive head", HEAD, 2),
+    "scope": Experiment("Where positives and negatives come from", SCOPE, 2),
+    "losses": Experiment("Contrastive losses", LOSSES, 2),
+    "temperature": Experiment("Temperature tau", TEMPERATURE, 2, temperature_figure),
+    "weight": Experiment("Weight lambda", WEIGHT, 2),
+    "groupsize": Experiment("Group size at equal rollouts per step", GROUP_SIZE, 2),
+    "precision": Experiment("Matrix products in bfloat16, weights and optimiser in float32", PRECISION, 2),
+    "small": Experiment("A model of 27M parameters", SMALL, 1),
 }
 NAMES = [*EXPERIMENTS, "tsne", "all"]
-FROZEN = {**RUNGS, **ALONE, **WITHOUT}
-FROZEN_SEEDS = range(4)
+FROZEN = {**RUNGS, **ALONE, **TAKEN_AWAY}
+FROZEN_SEEDS = range(FIRST, FIRST + 2)
 
 
 def frozen_run(seed: int) -> Run:
@@ -493,7 +595,7 @@ def frozen_run(seed: int) -> Run:
 
 def seeds_of(experiment: Experiment, seeds: int | None) -> range:
     """Its own number of seeds, or another."""
-    return range(experiment.first, experiment.first + (seeds or experiment.seeds))
+    return range(FIRST, FIRST + (seeds or experiment.seeds))
 
 
 def wanted(name: str, seeds: int | None, steps: int | None) -> list[Run]:
@@ -511,13 +613,12 @@ def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps:
         for arm, spec in experiment.arms.items()
     }
     used = {id(line): line for part in lines.values() for line in part}.values()
-    is_own = experiment.arms is TRACK1 or experiment.arms is FRESH
-    shared = [] if is_own else [spec.run(0, steps) for spec in TRACK1.values()]
-    if not any(lines[arm] for arm, spec in experiment.arms.items() if spec.run(0, steps) not in shared):
+    shared = name != "track1" and {arm for arm, spec in experiment.arms.items() if spec.is_of_track1}
+    if not any(part for arm, part in lines.items() if not (shared and arm in shared)):
         return False
     expected, arms = len(seeds_of(experiment, seeds)), experiment.arms
     missing = [f"{arm} ({len(part)} of {expected} seeds)" for arm, part in lines.items() if len(part) < expected]
-    if not any(arm.world for arm in arms.values()):
+    if not any(arm.world or arm.size != "tiny" for arm in arms.values()):
         starts = [CLIPO.run(seed, steps).start.key for seed in seeds_of(experiment, seeds)]
         arms = {"warm start": Arm(against=None), **arms}
         lines["warm start"] = [known[key] for key in starts if key in known]
@@ -527,7 +628,9 @@ def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps:
     if experiment.figure and all(lines.values()):
         experiment.figure(lines, out / f"{name}.png")
     if name == "track1" and all(lines.values()):
-        parts += ["Greedy / sampled at temperature 1, means over seeds:", levels_table(arms, lines)]
+        usual = CLIPOConfig.for_track("toy").steps
+        parts += [f"After {usual} steps, and after twice as many:", twice_table(lines)]
+        parts += [f"Means over seeds after {usual} / {2 * usual} steps:", levels_table(arms, lines)]
         (out / "track1.json").write_text(json.dumps(track1_json(lines), indent=1) + "\n", encoding="utf-8")
     if name == "mechanism" and (frozen := [known[r.key] for s in FROZEN_SEEDS if (r := frozen_run(s)).key in known]):
         parts += ["With frozen policies:", frozen_table(frozen)]

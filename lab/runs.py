@@ -1,21 +1,22 @@
 """Toy runs for the tables and figures of `lab.paper`: what one run measures, and many of them on all cores.
 
-A run is decided by its seed and by what it changes of the toy track's settings and of the toy world. Runs of one
-seed start from the same warm-started model and see the same stories, so that their differences are paired. A results
-file holds one JSON line per run; what stands there is never run again, so that a stopped command goes on.
+A run is decided by its seed and by what it changes of the toy track's settings, of the toy world and of the trainer
+(lab/referees.py). Runs of one seed start from the same warm-started model and see the same stories, so that their
+differences are paired. A results file holds one JSON line per run; what stands there is never run again, so that a
+stopped command goes on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
+import multiprocessing
+import signal
 import time
+import traceback
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from clipo import ROLLOUT
 from config import CLIPOConfig
 from engine.guard import Trainer
 from lab.bench import commit, processor
+from lab.referees import of_kind
 from problems import are_correct
 from train import ToyTask, take_step, warm_started
 
@@ -52,8 +54,12 @@ class Run:
     seed: int
     config: dict = field(default_factory=dict)  # changes to CLIPOConfig.for_track("toy"); "frozen": {arm: changes}
     world: dict = field(default_factory=dict)  # changes to toy.World()
+    trainer: str = ""  # one of lab.referees.TRAINERS
+    twice: bool = False  # go on to twice the steps, and evaluate there too
+    size: str = "tiny"  # of the model
     batches: int = 800  # of the warm start
     stories: int = 300  # of each level in an evaluation
+    levels: tuple[str, ...] = ("P0", "P2")  # that are evaluated
     defaults: str = field(default_factory=fingerprint)
 
     @property
@@ -65,7 +71,16 @@ class Run:
     def start(self) -> Run:
         """The run whose warm-started model this one begins with, whatever the friend is like in training."""
         world = {name: value for name, value in self.world.items() if name != "friend_right"}
-        return Run("start", self.seed, {}, world, self.batches, self.stories)
+        return Run(
+            "start",
+            self.seed,
+            {},
+            world,
+            size=self.size,
+            batches=self.batches,
+            stories=self.stories,
+            levels=self.levels,
+        )
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -126,41 +141,39 @@ class Mechanism:
 def open_start(run: Run, runs: Path, device: torch.device):
     """The warm-started model of a run, its tokenizer, its world."""
     world = toy.World(**run.world)
-    folder = warm_started(runs, "tiny", run.seed, run.batches, device, world)
+    folder = warm_started(runs, run.size, run.seed, run.batches, device, world)
     return *checkpoint.load_model(str(folder), device), world
 
 
-def both_evaluations(model, tokenizer, world: toy.World, stories: int) -> dict:
-    """Greedy and sampled (temperature 1): {level: {metric: (successes, trials)}} each."""
-    return {
-        name: toy.evaluate(model, tokenizer, count=stories, temperature=temperature, world=world)
-        for name, temperature in (("greedy", 0.0), ("sampled", 1.0))
-    }
+def evaluation(run: Run, model, tokenizer, world: toy.World) -> dict:
+    """Greedy answers: {level: {metric: (successes, trials)}}."""
+    return toy.evaluate(model, tokenizer, count=run.stories, world=world, levels=run.levels)
 
 
 KEPT = ("accuracy", "process", "on_floor", "contrastive_reward_std", "groups_without_contrast", "entropy")
 
 
 def execute_train(run: Run, runs: Path, device: torch.device) -> dict:
-    """Train from the warm start; each step's measurements and the evaluation of the last policy."""
+    """Train from the warm start; each step's measurements, and the evaluation after the last one (or two)."""
     model, tokenizer, world = open_start(run, runs, device)
-    trainer = Trainer(model, tokenizer, are_correct, CLIPOConfig.for_track("toy", seed=run.seed, **run.config))
-    task, mechanism = ToyTask(trainer.config, world), Mechanism()
+    config = CLIPOConfig.for_track("toy", seed=run.seed, **run.config)
+    trainer, task = of_kind(run.trainer, model, tokenizer, config, world)
+    mechanism, found = Mechanism(), {}
     history: dict[str, list] = {name: [] for name in (*KEPT, "sound_share", "cosine")}
-    for _ in range(trainer.config.steps):
+    for step in range(1, config.steps * (1 + run.twice) + 1):
         metrics, _, sound = take_step(trainer, task)
         scored, sound = trainer.last, torch.tensor(sound, device=device)
-        correct, contrast = scored.correct, scored.contrast
+        correct, paid = scored.correct, scored.reward - scored.correct.float()  # (of a penalty for length, too)
         metrics["sound_share"] = (correct & sound).sum().item() / max(1, correct.sum().item())
-        metrics["cosine"] = mean_cosine(contrast.embedding, correct)
-        mechanism.add(contrast.reward, scored.reward, correct, sound)
+        metrics["cosine"] = mean_cosine(scored.contrast.embedding, correct)
+        mechanism.add(paid, scored.reward, correct, sound)
         for name, values in history.items():
             values.append(metrics[name])
-    return {
-        "history": {**history, "gap": mechanism.gap},
-        "gap_by_share": mechanism.by_share,
-        **both_evaluations(trainer.policy, tokenizer, world, run.stories),
-    }
+        if step % config.steps == 0:
+            found["greedy" if step == config.steps else "greedy_twice"] = evaluation(
+                run, trainer.policy, tokenizer, world
+            )
+    return {"history": {**history, "gap": mechanism.gap}, "gap_by_share": mechanism.by_share, **found}
 
 
 def execute_frozen(run: Run, runs: Path, device: torch.device) -> dict:
@@ -205,7 +218,7 @@ def execute(run: Run, runs: Path, device: torch.device) -> dict:
     """Do it; its line for the results file."""
     begin = time.perf_counter()
     if run.kind == "start":
-        found = both_evaluations(*open_start(run, runs, device), run.stories)
+        found = {"greedy": evaluation(run, *open_start(run, runs, device))}
     elif run.kind == "train":
         found = execute_train(run, runs, device)
     else:
@@ -248,36 +261,34 @@ def make(wanted: Sequence[Run], file: Path, runs: Path, workers: int, device: st
     have = known_runs(file)
     everything = {run.key: run for run in [*(run.start for run in wanted), *wanted]}
     missing = [run for key, run in everything.items() if key not in have]
+    # Seed by seed, so that a stopped command leaves whole ones; a warm start a seed ahead, so that nobody waits for it.
+    missing.sort(key=lambda run: run.seed - 1.5 * (run.kind == "start"))
     failed = []
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(missing), desc="runs", disable=not missing) as bar:
-        jobs = {pool.submit(in_a_process, run, runs, device): run for run in missing}
-        try:
-            for job in as_completed(jobs):
-                line, error = job.result()
-                if line is None:
-                    failed.append(f"{jobs[job].key}\n{error}")
-                else:
-                    checkpoint.append_line(file, line)
-                bar.update()
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)  # those under way were interrupted too
-            raise
+    processes = multiprocessing.get_context("spawn").Pool(
+        workers, begin_worker
+    )  # ended with this block, whatever comes
+    with processes as pool, tqdm(total=len(missing), desc="runs", disable=not missing) as bar:
+        for line, error in pool.imap_unordered(partial(attempt, runs=runs.resolve(), device=device), missing):
+            if line is None:
+                failed.append(error)
+            else:
+                checkpoint.append_line(file, line)
+            bar.update()
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(missing)} runs failed; the first:\n{failed[0]}")
 
 
-def in_a_process(run: Run, runs: Path, device: str) -> tuple[dict | None, str]:
-    """Its line, or None and the end of what it said. One thread: two runs side by side beat one on two threads."""
-    command = [sys.executable, "-m", "lab.runs", run.key, str(runs.resolve()), device]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        return None, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1]), ""
-
-
-if __name__ == "__main__":
-    key, folder, on = sys.argv[1:]
+def begin_worker() -> None:
+    """One thread: two runs side by side beat one on two threads. Ctrl-C is the parent's, who then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    print(json.dumps(execute(Run(**json.loads(key)), Path(folder), torch.device(on))))
+
+
+def attempt(run: Run, runs: Path, device: str) -> tuple[dict | None, str]:
+    """Its line, or None and what went wrong."""
+    try:
+        return execute(run, runs, torch.device(device)), ""
+    except Exception:
+        return None, f"{run.key}\n{traceback.format_exc()[-2000:]}"

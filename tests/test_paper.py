@@ -31,18 +31,20 @@ def test_equal_runs_have_equal_keys():
 
 def test_an_arm_leaves_out_what_is_the_default_anyway():
     usual = CLIPOConfig.for_track("toy")
-    assert paper.CLIPO.run(3) == Run("train", 3)
-    assert paper.Arm({"samples_per_prompt": usual.samples_per_prompt}, world={"slips": toy.World().slips}).run(
-        3
-    ) == Run("train", 3)
-    assert paper.Arm({"weight": 0.0}).run(3, steps=5) == Run("train", 3, {"weight": 0.0, "steps": 5}, {}, 30, 30)
+    track1 = {"twice": True, "levels": tuple(toy.LEVELS)}  # measured in full, whatever table asks for it
+    assert paper.CLIPO.run(3) == Run("train", 3, **track1)
+    repeats = paper.Arm({"samples_per_prompt": usual.samples_per_prompt}, world={"slips": toy.World().slips})
+    assert repeats.run(3).config == repeats.run(3).world == {}
+    assert paper.ORACLE.run(3) == Run("train", 3, {"weight": 0.0}, trainer="oracle", **track1)
+    short = {"batches": 30, "stories": 30}
+    assert paper.Arm({"tau": 0.1}).run(3, steps=5) == Run("train", 3, {"tau": 0.1, "steps": 5}, {}, **short)
 
 
 def test_the_papers_arm_has_the_papers_constants_and_the_ladder_ends_at_ours():
-    arm = CLIPOConfig.for_track("toy", **paper.TRACK1["paper's constants"].config)
-    assert arm == CLIPOConfig.for_track("toy", paper=True)
-    assert list(paper.LADDER.values())[1].run(0) == paper.TRACK1["paper's constants"].run(0)
-    assert list(paper.LADDER.values())[-2].run(0) == Run("train", 0)
+    arm = paper.MECHANISM["paper's constants"]
+    assert CLIPOConfig.for_track("toy", **arm.config) == CLIPOConfig.for_track("toy", paper=True)
+    assert paper.LADDER["paper's constants"].run(0) == arm.run(0)
+    assert list(paper.LADDER.values())[-1].run(0).config == {}
     assert {name for change in paper.CHANGES.values() for name in change} == set(INFORMATIVE) - {"reward_ceiling"}
     assert INFORMATIVE["reward_ceiling"] == CLIPOConfig().reward_ceiling
 
@@ -54,11 +56,27 @@ def test_every_arm_is_valid_and_compared_with_an_arm_of_its_own_table():
             toy.World(**arm.world)
             assert arm.against is None or arm.against in experiment.arms
             if arm.against:  # the same world and size, or the difference says nothing about the method
-                assert experiment.arms[arm.against].world == arm.world
+                other, top = experiment.arms[arm.against], experiment.arms[arm.ceiling]
+                assert arm.world == other.world == top.world and arm.size == other.size == top.size
+                assert top.trainer == "oracle"
 
 
 def line(seed, right):
     return {"seed": seed, "greedy": {"P2": {"answer": [right, 100]}}}
+
+
+def test_the_share_of_the_way_is_of_the_means_over_the_seeds_that_all_have():
+    lines = {"low": [line(0, 20), line(1, 30)], "us": [line(0, 70), line(1, 80), line(2, 0)]}
+    assert paper.way(lines, "us", "low", "top", "P2", "answer") is None
+    lines["top"] = [line(1, 90), line(0, 80)]
+    assert paper.way(lines, "us", "low", "top", "P2", "answer") == pytest.approx(50 / 60)
+    lines["top"] = [line(0, 20), line(1, 30)]  # a ceiling that is none
+    assert paper.way(lines, "us", "low", "top", "P2", "answer") is None
+
+
+def test_dots_of_equal_seeds_stand_beside_each_other():
+    moved = paper.beside([0.3, 0.3, 0.3, 0.9, 0.302])
+    assert len(set(zip([0.3, 0.3, 0.3, 0.9, 0.3], moved, strict=True))) == 5
 
 
 def test_differences_are_paired_by_seed():
@@ -102,8 +120,11 @@ def trial(tmp_path_factory):
     """One seed of track1, two steps a run, from a warm start of three batches. Returns the results folder."""
     folder = tmp_path_factory.mktemp("paper")
     tiny = {"prompts_per_step": 4, "samples_per_prompt": 4, "head_warmup_steps": 1, "steps": 2}
-    wanted = [Run("train", 0, arm.config | tiny, {}, 3, 10) for arm in paper.TRACK1.values()]
-    wanted.append(Run("frozen", 0, {"ours": tiny, "fixed": {**tiny, "head_steps": 0}}, {}, 3, 10))
+    short = {"batches": 3, "stories": 10}
+    arms = {**paper.TRACK1, **paper.REFEREE}.values()
+    kinds = {(arm.trainer, str(arm.config)): arm for arm in arms}.values()
+    wanted = [Run("train", 0, arm.config | tiny, {}, trainer=arm.trainer, twice=True, **short) for arm in kinds]
+    wanted.append(Run("frozen", 0, {"ours": tiny, "fixed": {**tiny, "head_steps": 0}}, {}, **short))
     runs.make(wanted, folder / "runs.jsonl", folder / "starts", workers=2, device="cpu")
     return folder, wanted
 
@@ -117,8 +138,8 @@ def test_runs_are_made_once_with_all_they_measure(trial):
     assert (folder / "runs.jsonl").read_text() == before
     one = known[wanted[1].key]
     assert {"commit", "machine", "seconds", "seed", "config"} <= set(one)
-    assert set(one["greedy"]) == set(one["sampled"]) == set(toy.LEVELS)
-    assert all(len(values) == 2 for values in one["history"].values())
+    assert set(one["greedy"]) == set(one["greedy_twice"]) == {"P0", "P2"}
+    assert all(len(values) == 4 for values in one["history"].values())
     assert set(known[wanted[-1].key]["arms"]) == {"ours", "fixed"}
 
 
@@ -126,12 +147,14 @@ def test_arms_of_a_seed_are_paired(trial):
     """In the first step every arm has the same model, the same stories and the same rollouts."""
     folder, wanted = trial
     known = runs.known_runs(folder / "runs.jsonl")
-    first = [[known[run.key]["history"][name][0] for name in ("accuracy", "process")] for run in wanted[:-1]]
+    usual = [run for run in wanted[:-1] if run.trainer != "oracle"]  # (whose accuracy is something else)
+    first = [[known[run.key]["history"][name][0] for name in ("accuracy", "process")] for run in usual]
     assert all(values == first[0] for values in first)
 
 
 def test_a_failed_run_is_reported_and_the_others_are_kept(tmp_path):
-    wanted = [Run("start", 0, {}, {}, 1, 5), Run("train", 0, {"steps": -1}, {}, 1, 5)]
+    short = {"batches": 1, "stories": 5}
+    wanted = [Run("start", 0, levels=tuple(toy.LEVELS), **short), Run("train", 0, {"steps": -1}, **short)]
     with pytest.raises(RuntimeError, match=r"(?s)1 of 2 runs failed; the first:.*steps is -1; expected at least 1"):
         runs.make(wanted, tmp_path / "runs.jsonl", tmp_path / "starts", workers=1, device="cpu")
     assert len(runs.known_runs(tmp_path / "runs.jsonl")) == 1
@@ -157,7 +180,10 @@ def test_committed_tables_are_those_of_the_committed_lines(tmp_path):
         assert (tmp_path / name).read_text() == (RESULTS / name).read_text(), name
     assert {file.name for file in tmp_path.glob("*.png")} <= {file.name for file in RESULTS.glob("*.png")}
     shown = json.loads((tmp_path / "track1.json").read_text())
-    assert set(shown) == set(toy.LEVELS)
+    assert set(shown) == {level + end for level in toy.LEVELS for end in ("", "_twice")}
+    figures = shown["P2_twice"]["answer_greedy"]
+    assert set(figures) == {"grpo", "clipo", "oracle", "shuffled", "diff", "low", "high", "share", "worst", "seeds"}
+    assert figures["diff"] == pytest.approx(figures["clipo"] - figures["grpo"])
 
 
 @pytest.mark.parametrize(
