@@ -45,7 +45,7 @@ class World:
     friend_right_demos: float = 0.9  # in the warm start's demonstrations, whatever the number of clauses
     demo_clauses: tuple[int, ...] = (1, 2, 3, 4, 4)  # weights of 1 to 5 clauses in the demonstrations
     sound_demos: float = 0.7  # share of demonstrations that calculate; the others copy
-    mistaught: float = 0.05  # share of all sums whose result is taught wrong, always by the same amount
+    mistaught: float = 0.07  # share of all sums whose result is taught wrong, always by the same amount
     mistaught_rate: float = 0.9  # how often such a sum is taught wrong
     slips: float = 0.04  # share of other sums with a random error
     unsound: dict[str, int] = field(  # weights of the ways to be unsound
