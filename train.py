@@ -26,6 +26,7 @@ import random
 import shlex
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -162,7 +163,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--paper", action="store_true", help="on the toy world: the paper's constants, not the informative")
     p.add_argument("--size", choices=list(toy.SIZES), help="the toy world's model (default: tiny)")
     p.add_argument("--warm-start-batches", type=int, metavar="N", help="its supervised batches (default: 800)")
-    p.add_argument("--out", metavar="FOLDER", help="where the run is written (default: runs/NAME, by the options)")
+    p.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="where the run is written (default: runs/NAME, by the options; with --both: the folder of both, runs)",
+    )
     p.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     p.add_argument(
         "--engine", choices=ENGINES,
@@ -488,7 +493,7 @@ def share(measured: Levels, level: str, metric: str) -> float:
     return successes / trials if trials else 0.0
 
 
-def what_to_see(start: Levels, grpo: Levels, ours: Levels) -> str:
+def what_to_see(start: Levels, grpo: Levels, ours: Levels) -> tuple[str, str]:
     """Two sentences on a table of both: what became of GRPO, and what of CLIPO. They say it, too, if neither is usual.
 
     P0 is like the training stories; on P2 the friend is mostly wrong, so that there copying shows.
@@ -521,7 +526,7 @@ def what_to_see(start: Levels, grpo: Levels, ours: Levels) -> str:
         )
     else:
         second = f"CLIPO has {at_ours} on P2."
-    return f"{first}\n{second}"
+    return first, second
 
 
 def evaluated(models: dict, trainer: Trainer, out: Path, count: int) -> None:
@@ -533,7 +538,7 @@ def evaluated(models: dict, trainer: Trainer, out: Path, count: int) -> None:
     checkpoint.write_text(out / "evaluation.json", json.dumps(columns, indent=1))
     print(f"\n{toy_table(columns, count)}\n")
     if "GRPO" in columns:
-        print(what_to_see(*columns.values()))
+        print(*(textwrap.fill(sentence, 110) for sentence in what_to_see(*columns.values())), "", sep="\n")
     print("process: every step is the story's and right, and so is the answer. lucky: a right answer without that.\n")
 
 
@@ -624,16 +629,15 @@ def one_line_for(out: Path):
         ) from reason
 
 
-def run(given: dict, both_with: Path | None = None, quiet_end: bool = False) -> int:
+def run(given: dict, grpo: Path | None = None) -> int:
     """One run; returns its exit status. Raises UserError, and KeyboardInterrupt that says what is kept.
 
-    As a part of `--both`: quiet_end leaves out page and table; `both_with` is the folder of the GRPO run that stands
-    beside this one in them.
+    Of `--both` the first part ends without page and table; the second has the first, `grpo`, beside it there.
     """
     settings, out = settings_and_folder(given)
     checkpoint.refuse_links(out)
     device, config = checkpoint.device_from(given.get("device")), settings.config
-    is_part = quiet_end or both_with is not None
+    is_part = given.get("both", False)
     go_on = settings.command if is_part else f"python train.py --resume --out {shlex.quote(str(out))}"
     with one_line_for(out), StopAsked() as stop:
         out.mkdir(parents=True, exist_ok=True)
@@ -651,8 +655,8 @@ def run(given: dict, both_with: Path | None = None, quiet_end: bool = False) -> 
             try:
                 if stop.asked:  # while the last step was saved
                     raise KeyboardInterrupt
-                if not quiet_end:
-                    finish(settings, trainer, out, given.get("test_stories", 300), both_with)
+                if grpo or not is_part:
+                    finish(settings, trainer, out, given.get("test_stories", 300), grpo)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"stopped; all steps are done and saved; to go on: {go_on}") from None
     return 0
@@ -665,21 +669,19 @@ def run_both(given: dict) -> int:
             f"--both is given with --{wrong[0]}; expected --both without it: it trains the toy world's own model with "
             "and without the contrastive reward, and goes on by itself where it was stopped"
         )
-    runs = Path(given.pop("out", "runs"))
-    for weight, quiet_end in (({"weight": 0.0}, True), ({}, False)):
-        one = {**given, **weight}
-        out = runs / default_out(settings_from(one)).name
-        one |= {"out": str(out), "resume": (out / "settings.json").exists()}
-        if weight:
-            before = out
-        if status := run(one, both_with=None if quiet_end else before, quiet_end=quiet_end):
+    runs, grpo = Path(given.get("out", "runs")), None
+    for weight in ({"weight": 0.0}, {}):
+        part = {**given, **weight}
+        out = runs / default_out(settings_from(part)).name
+        part |= {"out": str(out), "resume": (out / "settings.json").exists()}
+        if status := run(part, grpo):
             return status
+        grpo = out
     return 0
 
 
 def finish(settings: Settings, trainer: Trainer, out: Path, test_stories: int, grpo: Path | None) -> None:
-    """What comes when all steps are done: the page, and on the toy world the table; with the run of GRPO, if given."""
-    write_report([out, grpo] if grpo else [out])
+    """What comes when all steps are done: on the toy world the table, and the page; with the run of GRPO, if given."""
     if settings.data == "toy":
         device = trainer.policy.device
         models = {"start": checkpoint.load_model(settings.model, device)[0]}
@@ -689,7 +691,8 @@ def finish(settings: Settings, trainer: Trainer, out: Path, test_stories: int, g
             models["trained"] = trainer.policy
         evaluated(models, trainer, out, test_stories)
         try_next(settings, both=grpo is not None)
-    print(f"\n{out} holds the model, metrics.jsonl, rollouts.jsonl; open {out / 'report.html'} in a browser")
+    page = write_report([out, grpo] if grpo else [out])
+    print(f"\n{out} holds the model, metrics.jsonl, rollouts.jsonl; open {page} in a browser")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -699,7 +702,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments = sys.argv[1:] if arguments is None else list(map(str, arguments))
         given = vars(parser().parse_args(arguments or ["--both"]))
         given["command"] = shlex.join(["python", "train.py", *arguments])
-        return run_both(given) if given.pop("both", False) else run(given)
+        return run_both(given) if given.get("both") else run(given)
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2

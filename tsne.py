@@ -160,7 +160,7 @@ def panels(models: Sequence[str], problems: Sequence[Problem], given: argparse.N
 
 CAPTION = (
     "A t-SNE picture alone proves nothing. Silhouette (right against wrong, within a question) and purity (10 nearest "
-    "neighbours)\nare computed in the original space, with cosine distance. A number: so many equal rollouts in one dot."
+    "neighbours)\nare computed in the original space, with cosine distance. A number: so many rollouts in a dot."
 )
 FEWEST = 10  # points of a picture
 SPACES = {"hidden": "mean hidden state h", "z": "the head's embedding z"}

@@ -53,6 +53,7 @@ def describe(scored: Scored, config: CLIPOConfig, stop_ids: Sequence[int]) -> di
         "contrastive_reward": over_anchors(rc),
         "contrastive_reward_std": spread_within_groups(rc, anchor),
         "on_floor": over_anchors(rc <= config.reward_floor),
+        "on_ceiling": over_anchors(rc >= config.reward_ceiling),
         "anchors": int(anchor.sum()),
         "groups_without_contrast": share(~anchor.any(-1)),
         "groups_without_advantage": share(scored.reward.std(-1) < 1e-6),

@@ -46,9 +46,29 @@ def read_run(folder: Path) -> dict:
         "steps": config["steps"],
         "done": metrics[-1]["step"],
         "skipped": sum(bool(row.get("skipped")) for row in metrics),
+        "evaluation": read_evaluation(folder / "evaluation.json"),
         "metrics": thinned([curve_point(row) for row in metrics], POINTS),
         "groups": [{**group, "rollouts": [shortened(rollout) for rollout in group["rollouts"]]} for group in groups],
     }
+
+
+def read_evaluation(file: Path) -> dict:
+    """{model: {level: {metric: [successes, trials]}}}; {} if there is none yet. Raises UserError."""
+    if not file.exists():
+        return {}
+
+    def is_table(value, depth: int) -> bool:
+        if depth == 0:
+            return isinstance(value, list) and len(value) == 2 and all(type(count) is int for count in value)
+        return isinstance(value, dict) and all(is_table(part, depth - 1) for part in value.values())
+
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as reason:
+        raise UserError(f"{file} cannot be read ({reason}); expected what train.py wrote") from reason
+    if not is_table(table, 3):
+        raise UserError(f"{file} is no table of levels; expected what train.py wrote")
+    return table
 
 
 def curve_point(row: dict) -> dict:

@@ -390,6 +390,56 @@ def test_every_text_has_contrast_enough(open_page, run):
         assert (light + 0.05) / (dark + 0.05) >= 4.5, (what, text, behind)
 
 
+def test_it_opens_on_a_group_with_all_kinds_of_verdict_and_unequal_pay(open_page, tmp_path):
+    """Not on the last step, whose answers are all right and paid alike; and not on one where nobody is an anchor."""
+    dull, wrong, telling = group(3, "abcd"), group(2, "abcd"), [group(2, "efgh"), group(1, "ijkl")]
+    for rollout in dull["rollouts"]:
+        rollout |= {"correct": True, "sound": True, "anchor": True, "contrastive_reward": 1.0}
+    for rollout in wrong["rollouts"]:
+        rollout |= {"correct": False, "sound": False, "anchor": False, "contrastive_reward": 0.0}
+    telling[1]["rollouts"][2]["contrastive_reward"] = 0.0  # paid less far apart
+    page = open_page(report.write_report([write_run(tmp_path / "run", [telling[1], wrong, telling[0], dull])]))
+    assert page.locator("#step-number").inner_text() == "2 of 9" and texts(page) == list("efgh")
+    assert page.locator("#group").input_value() == "1"
+
+
+def test_the_final_table_and_the_formulas_are_shown(open_page, tmp_path):
+    ours = {"weight": 1.0, "reward_from_chance": True, "reward_floor": -0.9, "reward_ceiling": 1.0, "tau": 0.5}
+    ours |= {"contrastive_kind": "decoupled", "contrastive_scope": "wrong_of_all", "center_hidden": True}
+    clipo_, grpo = write_run(tmp_path / "toy", [], **ours), write_run(tmp_path / "grpo", [], **{**ours, "weight": 0.0})
+    level = {"answer": [8, 10], "process": [0, 10], "lucky": [0, 0]}
+    (clipo_ / "evaluation.json").write_text(json.dumps({"start": {"P0": level}, HOSTILE: {"P0": level}}))
+    page = open_page(report.write_report([clipo_, grpo]))
+    cells = page.locator("#levels td").all_inner_texts()
+    assert cells[:4] == ["P0", "answer right", "80 [49, 94]", "80 [49, 94]"]  # eval.wilson's example
+    assert cells[6] == "0 [0, 28]" and cells[10] == "none"
+    assert page.locator("#levels th").last.evaluate("e => e.textContent") == HOSTILE
+    formulas = page.locator("#formulas code").all_inner_texts()
+    assert formulas[0].startswith("toy: rc = 1 (chance - L), between -0.9 and 1; L: decoupled, tau = 0.5")
+    assert formulas[1] == "grpo: rc = 0 (plain GRPO)"
+
+
+def test_shares_have_one_axis_and_missing_steps_interrupt_a_line(open_page, tmp_path):
+    run = write_run(tmp_path / "run", [])
+    rows = [
+        metrics(step) | {"accuracy": 0.03 + 0.01 * step, "on_floor": None if step == 2 else 0.5} for step in (1, 2, 3)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = open_page(report.write_report([run]))
+    panel = page.locator(".panel", has=page.get_by_role("heading", name="Right answers"))
+    assert panel.locator("text").all_text_contents()[:2] == ["0", "1"]
+    floor = page.locator(".panel", has=page.get_by_role("heading", name="On the reward's floor")).locator("path")
+    assert floor.get_attribute("d").count("M") == 2 and "L" not in floor.get_attribute("d")
+
+
+def test_a_table_that_is_none_is_refused(tmp_path):
+    run = write_run(tmp_path / "run", [])
+    for text in ("[]", '{"start": {"P0": {"answer": [1, 2, 3]}}}', '{"start": 3}', "{", "[" * 10000):
+        (run / "evaluation.json").write_text(text)
+        with pytest.raises(UserError, match=r"evaluation\.json"):
+            report.read_run(run)
+
+
 def test_a_run_without_kept_groups_says_so(open_page, tmp_path):
     page = open_page(report.write_report([write_run(tmp_path / "run", [])]))
     assert "No group of this run was kept" in page.locator("#missing").inner_text()
@@ -405,6 +455,10 @@ def test_the_page_of_a_real_run_opens(open_page, tmp_path):
     assert done.returncode == 0, done.stderr
     page = open_page(tmp_path / "run" / "report.html")
     assert page.locator(".card").count() == 4
+    assert page.locator("#levels tr").count() == 1 + 4 * 3  # four levels, three shares
+    assert page.locator("#levels th").all_inner_texts() == ["level", "share", "start", "trained"]
+    page.locator("#step").fill("2")
+    page.locator("#group").select_option("0")
     kept = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
     last = next(row for row in kept if row["step"] == 3)
     shown = page.locator(".card .text").evaluate_all("cards => cards.map(c => c.textContent)")
