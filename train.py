@@ -496,36 +496,30 @@ def share(measured: Levels, level: str, metric: str) -> float:
 def what_to_see(start: Levels, grpo: Levels, ours: Levels) -> tuple[str, str]:
     """Two sentences on a table of both: what became of GRPO, and what of CLIPO. They say it, too, if neither is usual.
 
-    P0 is like the training stories; on P2 the friend is mostly wrong, so that there copying shows.
+    On P2 the friend is mostly wrong: who copies is wrong there, however right on P0, where stories are as in training.
     """
-    before, at_grpo, at_ours = (f"{100 * share(measured, 'P2', 'answer'):.0f}%" for measured in (start, grpo, ours))
-    trained = (
-        f"on stories like those in training (P0) {100 * share(grpo, 'P0', 'answer'):.0f}% of its answers are right"
-    )
-    sound = f"{100 * share(grpo, 'P0', 'process'):.0f}% by sound steps"
-    if drifted := share(grpo, "P0", "process") < share(start, "P0", "process") / 2:
+    p2 = [f"{100 * share(measured, 'P2', 'answer'):.0f}%" for measured in (start, grpo, ours)]
+    short = f"{100 * share(grpo, 'P0', 'answer'):.0f}%"
+    if drifted := share(grpo, "P2", "process") < share(start, "P2", "process") / 2:
         first = (
-            f"GRPO learnt to copy the friend: {trained}, {sound}, and on long ones (P2), where the friend is mostly "
-            f"wrong, it went from {before} to {at_grpo}."
+            f"GRPO learnt to copy the friend: on stories like those in training (P0) {short} of its answers are right, "
+            f"but on long ones (P2), where the friend is mostly wrong, {p2[1]}; the start had {p2[0]}."
         )
     else:
-        first = (
-            f"From this start GRPO did not learn to copy: {trained}, {sound} (P2: from {before} to {at_grpo}), so "
-            "there is little for CLIPO to rescue."
-        )
+        first = f"From this start GRPO did not learn to copy (P2: {p2[1]}), so there is little for CLIPO to rescue."
     ahead = wilson(*ours["P2"]["answer"])[0] > wilson(*grpo["P2"]["answer"])[1]
     if ahead and share(ours, "P2", "process") > share(start, "P2", "process") / 2:
         second = (
-            f"CLIPO, which also pays right answers for agreeing with each other, went on calculating: {at_ours} on P2, "
+            f"CLIPO, which also pays right answers for agreeing with each other, went on calculating: {p2[2]} on P2, "
             "and nobody told it which steps were sound."
         )
     elif drifted:
         second = (
-            f"CLIPO did not prevent it here ({at_ours} on P2): it pays what most right answers share, so it fails "
-            "where most of them are copied before its head has learnt."
+            f"CLIPO did not prevent it here ({p2[2]} on P2): it pays what most right answers share, so it fails where "
+            "most of them are copied before its head has learnt."
         )
     else:
-        second = f"CLIPO has {at_ours} on P2."
+        second = f"CLIPO has {p2[2]} on P2."
     return first, second
 
 

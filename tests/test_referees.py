@@ -33,7 +33,8 @@ def test_the_oracle_wants_what_is_sound(started):
         texts = [sound, started[1].decode(ids), sound[:-1] + "9", f"#### {story.answer}", sound + " 5"]
         assert referees.same_words(texts, [asked.answer] * 5) == [True, True, False, False, False]
         assert [toy.is_sound(story, text) for text in texts] == [True, True, False, False, False]
-        assert asked.question == story.question and asked.steps == story.steps
+        assert [toy.is_sound(asked, text) for text in texts] == [True, True, False, False, False]  # as is logged
+        assert asked.question == story.question
 
 
 @pytest.mark.parametrize("kind, alike", [("same steps", referees.same_steps), ("similar text", referees.similar_text)])
