@@ -138,7 +138,7 @@ def right_spellings(gold: str) -> list[tuple[str, str, str]]:
     ('right', 'with commas', '1,250')
     """
     integer = gold.strip("-").isdigit()
-    made = [("right", template, fill(template, gold)) for template in SPELLINGS]
+    made = [("right", template, fill(template, gold.removesuffix("."))) for template in SPELLINGS]
     made += [("right", template, fill(template, gold)) for template in SPELLINGS_OF_AN_INTEGER if integer]
     return made + ([("right", "with commas", f"{int(gold):,}")] if integer else [])
 
