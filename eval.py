@@ -427,7 +427,7 @@ def folder_of(model: str) -> Path:
 
 
 def begin(settings: Evaluation, out: Path, resume: bool) -> list[dict]:
-    """Make or open the folder of an evaluation; the lines that it has already. Raises UserError."""
+    """Begin an evaluation in its folder, or go on with it; the lines that it has already. Raises UserError."""
     wanted, file = asdict(settings), out / "settings.json"
     rows = checkpoint.read_lines(out / "rollouts.jsonl") if file.is_file() else []
     if rows:
@@ -437,7 +437,6 @@ def begin(settings: Evaluation, out: Path, resume: bool) -> list[dict]:
         before = checkpoint.read_json(file, {})
         if changed := [name for name in wanted if before.get(name) != wanted[name] and name != "cuda_graphs"]:
             raise UserError(f"{out} was begun with another {', '.join(changed)}; leave it so, or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
     return rows
 
@@ -478,6 +477,13 @@ def open_model(settings: Evaluation, device: torch.device):
 def evaluate_model(settings: Evaluation, out: Path, device: torch.device, resume: bool) -> bool:
     """One model on all its benchmarks, results to `out`; False if a benchmark could not be loaded."""
     model, tokenizer = open_model(settings, device)
+    out.mkdir(parents=True, exist_ok=True)
+    with checkpoint.only_one(out / "lock"):
+        return evaluate_opened(model, tokenizer, settings, out, resume)
+
+
+def evaluate_opened(model, tokenizer, settings: Evaluation, out: Path, resume: bool) -> bool:
+    """`evaluate_model`, once the model is open and the folder is this process's."""
     rows, file = begin(settings, out, resume), out / "rollouts.jsonl"
     complete, results = True, {}
     for benchmark in settings.data:

@@ -359,6 +359,8 @@ LONGEST = 300
 # A gold answer in words or in a named base: the answer has the same words, or the same digits and base.
 WORDS = r"\\(?:text|mbox|mathrm|textbf)\{[^{}]*[a-zA-Z]{2}[^{}]*\}|[a-zA-Z]{4,}"
 BASED = r"[+-]?(?:\\text\{)?[0-9A-Z.]+\}?_\{?\d+\}?"
+ELLIPSIS = r"\.[ $]*\.|…|\\[a-z]*dots"
+UNIT_LETTER = r" [mghs](?:\^[23]|/[hs])?$"  # of metres, grams, hours, seconds; beside an expression it is a variable
 IRRATIONAL = r"\\(?:sqrt|pi|ln|log|sin|cos|tan)(?![a-z])"
 
 
@@ -381,6 +383,8 @@ def compare(answer: str, gold: str) -> bool | None:
         return False
     if answer == gold:
         return True
+    if re.search(ELLIPSIS, answer):  # what it leaves open may be anything
+        return bare(answer) == bare(gold)
     if re.fullmatch("[A-Z](?:, ?[A-Z])*", gold):
         return sorted(answer.strip("().: ").replace(" ", "").split(",")) == sorted(gold.replace(" ", "").split(","))
     number, gold_number = as_number(answer), as_number(gold)
@@ -388,7 +392,8 @@ def compare(answer: str, gold: str) -> bool | None:
         if in_words or re.fullmatch(BASED, gold):
             return bare(answer) == bare(gold)
         answer, gold = map(without_unit, as_values(answer, gold))
-        number, gold_number = as_number(answer), as_number(gold)
+        gold_number = as_number(gold)
+        number = as_number(answer if gold_number is None else re.sub(UNIT_LETTER, "", answer))
     if number is not None and gold_number is not None:
         return same_number(*number, *gold_number)
     if "." in answer and re.search(IRRATIONAL, gold) and not re.search(IRRATIONAL, answer):
@@ -410,35 +415,43 @@ def bare(text: str) -> str:
 
 @lru_cache(2**12)  # the same answers come again and again
 def plain(text: str) -> str:
-    r"""Without what only decorates an answer: $...$, \\text{}, \\left, spacing, a closing period.
+    r"""Without what only decorates an answer: $...$, \\text{}, \\left, spacing, a closing period, "Answer:".
 
-    >>> plain("$\\text{(B)}.$"), plain("\\dfrac12\\!"), plain("1\\,000"), plain("7\\ 2")
-    ('(B)', '\\frac12', '1000', '7 2')
+    >>> plain("$\\text{(B)}.$"), plain("\\dfrac12\\!"), plain("1\\,000"), plain("7\\ 2"), plain("Answer: 7..")
+    ('(B)', '\\frac12', '1000', '7 2', '7..')
     """
     text = re.sub(r"(?<=\d),\\!(?=\d)|(?<=\d)\\,(?=\d{3}(?!\d))|\\!", "", text.strip())
     text = re.sub(r"\\(?:left|right|displaystyle)(?![a-zA-Z])", "", text)
     text = re.sub(r"(?<!\\)\\[,;: ]|(?<=\w)~|[ \t\r\n]+", " ", text)
     text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\$", "$").replace("\\%", "%")
-    text = re.sub(" +", " ", text).lstrip("$ ").rstrip("$ .\\")
+    text = re.sub(" +", " ", text).lstrip("$ ").removeprefix("Answer:").lstrip("$ ")
+    before = text.rstrip("$ .\\")
+    text = before if text.count(".", len(before)) < 2 else text  # two periods are no end
     wrapped = re.fullmatch(r"(?:\\(?:text|mbox|mathrm|textbf|mathbf))?\{([^{}]*)\}", text)
     return (wrapped[1] if wrapped else text).strip()
 
 
 GREEK = r"\\(?:alpha|beta|gamma|delta|Delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|varphi|omega)(?![a-zA-Z])"
-# What may stand before "=" and is no part of the answer: x, \theta, (x, y); f(x) too, where x comes again.
-NAME = rf"(?:[a-zA-Z]|{GREEK}|\([a-z](?:, ?[a-z])+\)|[a-zA-Z]\((?P<of>[a-z])\)(?= *=.*(?P=of)))"
+# What may stand before "=" and is no part of the answer: x, a_1, \theta, \angle A; (x, y) before as many values;
+# f(x) where x comes again.
+NAME = (
+    rf"(?:[a-zA-Z](?:_\w|_\{{\w+\}})?|{GREEK}|m?\\angle ?[A-Z]{{1,3}}|\([a-z](?:, ?[a-z])+\)(?= *= *\(.*,)|"
+    r"[a-zA-Z]\((?P<of>[a-z])\)(?= *=.*(?P=of)))"
+)
 EITHER = r",? ?(?:\\(?:text|mbox)\{,? *(?:or|and) *\}|(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])),? ?"
 
 
 def as_values(answer: str, gold: str) -> tuple[str, str]:
-    r"""Both without "x =", where one lacks it or both have the same. "or" and "and" become commas.
+    r"""Both without "x =", where one lacks it or both have the same. "or" and "and" become commas where gold is a list.
 
     >>> as_values("x = 5", "5"), as_values("5 = x", "x = 6"), as_values("x=1 or x=2", "1, 2")
     (('5', '5'), ('5', '6'), ('1,2', '1, 2'))
     >>> as_values("ab = 5", "5"), as_values("y = 5", "x = 5")
     (('ab = 5', '5'), ('y = 5', '5'))
     """
-    answer, gold = re.sub(EITHER, ",", answer), re.sub(EITHER, ",", gold)
+    gold = re.sub(EITHER, ",", gold)
+    if re.search(r",|\\pm", gold):
+        answer = re.sub(EITHER, ",", answer)
     if re.match(r"[(\[]|\\\{", gold):
         answer = re.sub(r"^[a-z] ?\\in(?![a-zA-Z]) ?", "", answer)
     if "=" in gold:
@@ -470,7 +483,7 @@ def as_number(text: str) -> tuple[Fraction, bool] | None:
     >>> as_number("$1,250.50"), as_number("-\\\\frac{3}{4}"), as_number("10%"), as_number("x + 1")
     ((Fraction(2501, 2), False), (Fraction(-3, 4), False), (Fraction(10, 1), True), None)
     """
-    text = re.sub(r"^([+-]?)\s*[$€£]\s*", r"\1", text.replace("{,}", ",")).rstrip("$€£ ")
+    text = re.sub(r"^([+-]?)\s*[$€£]\s*", r"\1", text.replace("{,}", ",")).rstrip("$€£¢ ")
     percent = text.endswith("%")
     text = text.rstrip("% ")
     if len(text) > 100:
@@ -501,20 +514,29 @@ def same_number(a: Fraction, a_percent: bool, b: Fraction, b_percent: bool) -> b
     return number in (percent, percent / 100)
 
 
-# Words that make another number of the one before them. Any others are taken for its unit.
-NO_UNIT = set(
-    """or more less at least most not no nor never about around approximately approx roughly nearly almost circa over
-    under above below up down to than between beyond and plus minus times divided multiplied by squared cubed hundred
-    hundreds thousand thousands million millions billion billions trillion trillions dozen dozens half halves third
-    thirds fourth fourths fifth fifths sixth sixths eighth eighths tenth tenths hundredths thousandths percent base mod
-    modulo choose factorial negative positive ish so maybe perhaps possibly probably if unless either neither but except
-    without through until else other another false wrong incorrect greater fewer larger smaller higher lower maximum
-    minimum twice double triple zero one two three four five six seven eight nine ten eleven twelve twenty some several
-    etc onwards onward guess is was equals sin cos tan log ln exp sqrt pi inf infinity any all then instead mixed
-    decimal binary octal hex hexadecimal remainder""".split()
+# Questions count whatever they like, so no list holds all units. Words are taken for one if there are at most
+# MOST_WORDS and none is a number, makes another number of the one before it, doubts it, or is an adverb in -ly.
+MOST_WORDS = 5
+COUNT = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety"
+)
+NO_UNIT = set(COUNT.split()) | set(
+    """or more less at least most not no nor never about around approx almost circa over under above below up down to
+    than between beyond and plus minus times divided multiplied by squared cubed hundred hundreds thousand thousands
+    million millions billion billions trillion trillions dozen dozens half halves third thirds fourth fourths fifth
+    fifths sixth sixths eighth eighths tenth tenths hundredths thousandths percent base mod modulo choose factorial
+    negative positive ish so maybe perhaps if unless either neither but except without through until else other another
+    false wrong incorrect greater fewer larger smaller higher lower maximum minimum twice double triple some several etc
+    onwards onward guess is was equals sin cos tan log ln exp sqrt pi inf infinity any all then instead mixed decimal
+    binary octal hex hexadecimal remainder estimated estimate est rounded ballpark max min tops upwards upward bound
+    limit pair couple score gross grand lakh crore bn mn tens doubled tripled halved reciprocal repeating recurring
+    excluded untrue nope none nothing undefined unknown unsure uncertain thereabouts give take i we think believe
+    suppose hope say otherwise whatever anything nobody knows""".split()
 )
 SHORT_UNITS = "cm mm km kg mg ml mL ft yd in mi lb oz hr hrs lbs sq mph kph rpm min sec pm am".split()
-VARIABLES = "x y z n k i e a b c".split()
+VARIABLES = "x y z n k i e a b c K M B".split()  # or thousands, millions, billions
+IN_LY = "daily weekly monthly yearly hourly family jelly butterfly assembly".split()  # and no adverbs, or of time
 QUOTED = r"\\(?:text|mbox|mathrm|textnormal|textrm) ?\{"
 
 
@@ -530,14 +552,18 @@ def without_unit(text: str) -> str:
     if begin and begin.start():
         unit = re.sub(QUOTED + r"([^{}]*)\}", r" \1 ", text[begin.start() :])
         unit = re.sub(r"\^ ?(?:[23]|\{[23]\})|\\cdot|\^$", " ", unit)
-        words = re.findall("[a-zA-Z]+", unit) or ["x"]
+        unit = re.sub(rf"\b(?:{COUNT.replace(' ', '|')})-(?=[a-zA-Z]+ +[a-zA-Z])", "", unit)  # one-dollar bills
+        words = re.findall("[a-zA-Z]+|[$€£¢]", unit) or ["x"]
         told = (
             "{" in begin[0]
             or words[0] in SHORT_UNITS
             or re.match(r"(?= ?[a-zA-Z]*[aeiouyAEIOUY])(?: |\w)[a-zA-Z]{3}", unit)
         )
-        if told and words[0] not in VARIABLES and re.fullmatch(r"[a-zA-Z .,()/~-]*", unit):
-            text = text[: begin.start()] if NO_UNIT.isdisjoint(word.lower() for word in words) else text
+        told = told and words[0] not in VARIABLES and len(words) <= MOST_WORDS
+        if told and re.fullmatch(r"[a-zA-Z .()/~$€£¢-]*", unit):
+            others = [word.lower() for word in words[words[0] in SHORT_UNITS :]]  # (72 min: minutes)
+            if not any(word in NO_UNIT or (word.endswith("ly") and word not in IN_LY) for word in others):
+                text = text[: begin.start()]
     return re.sub(r" ?(?:\^ ?(?:\\circ|\{ ?\\circ ?\})|°|\\degrees?)(?: ?[CF])?$", "", text).strip()
 
 

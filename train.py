@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 import checkpoint
 import toy
+import variants
 from clipo import Scored
 from config import ENGINES, TRACKS, CLIPOConfig, add_options, check_types, config_from
 from engine.graphs import CaptureFailed, captures_failed, ran_out_of_memory
@@ -194,6 +195,7 @@ def settings_from(given: dict) -> Settings:
     track = given.get("track", data if data in TRACKS else "gsm8k")
     try:
         config = config_from(given, track, given.get("paper", False))
+        variants.parts(config, torch.Generator)  # refuses a loss here, not after minutes of a warm start
     except ValueError as reason:
         raise UserError(str(reason)) from reason
     return Settings(
@@ -435,6 +437,12 @@ def train(
     return early or ("stopped" if stop.asked else None)
 
 
+def too_long(steps_left: int, seconds: float) -> str | None:
+    """Says how long the steps that are left will take, where that is over a month."""
+    days = steps_left * seconds / 86400
+    return f"{steps_left:,} steps are left: {days:,.0f} days at this pace" if days > 30 else None
+
+
 def show_step(bar: tqdm, metrics: dict, sizes_before: dict[str, int], sizes: dict[str, int]) -> None:
     """A step's numbers on the bar; above it what is out of the ordinary."""
     for name, size in sizes.items():
@@ -446,6 +454,8 @@ def show_step(bar: tqdm, metrics: dict, sizes_before: dict[str, int], sizes: dic
         numbers = "reward {reward:.2f}, accuracy {accuracy:.2f}, {tokens_per_second:,.0f} tokens/s"
         bar.set_postfix_str(numbers.format(**metrics), refresh=False)
     bar.update()
+    if bar.n - bar.initial == 3 and (warning := too_long(bar.total - bar.n, bar.format_dict["elapsed"] / 3)):
+        tqdm.write(warning)
 
 
 def show_plan(trainer: Trainer, longest_prompt: int) -> None:

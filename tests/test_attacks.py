@@ -1,5 +1,6 @@
 """Promises under attack, in short; `python -m lab.attack NAME` is the long form."""
 
+import functools
 import subprocess
 import sys
 
@@ -8,23 +9,42 @@ import torch
 from conftest import ROOT
 
 import checkpoint
+import eval as evaluation
 import toy
 import train
+import variants
 from lab.attack import bits, signals
 from problems import UserError
 
 
-@pytest.mark.parametrize("engine", ["plain", "fast"])
-@pytest.mark.parametrize("kind", ["the paper's", "with KL, two mini-batches"])
-def test_two_threads_give_the_same_bits_every_time(engine, kind):
-    """(With `keys[origin]` in engine/update.py, whose gradient adds in the order of the threads, they differ.)"""
+@pytest.fixture
+def two_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    try:
-        found = [bits.bits_of_a_run(engine, bits.KINDS[kind]) for _ in range(4)]
-    finally:
-        torch.set_num_threads(before)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "engine, kind",
+    [*((engine, kind) for engine in ("plain", "fast") for kind in ("the paper's", "the gsm8k track")),
+     ("fast", "in bfloat16")],
+)  # fmt: skip
+def test_two_threads_give_the_same_bits_every_time(engine, kind, two_threads):
+    """(With `keys[origin]` in engine/update.py, whose gradient adds in the order of the threads, they differ.)"""
+    found = [bits.bits_of_a_run(engine, bits.KINDS[kind]) for _ in range(4)]
     assert bits.first_difference(found) is None
+
+
+def test_a_run_resumed_on_two_threads_ends_in_the_same_bits(tmp_path, monkeypatch, two_threads):
+    monkeypatch.setattr(train, "are_correct", bits.half_right)
+    begun = [*signals.RUN, "--engine", "fast", "--warm-start-batches", "3", "--prompts-per-step", "6"]
+    begun += ["--samples-per-prompt", "16", "--max-new-tokens", "16", "--test-stories", "2"]
+    for out, steps in (("whole", 3), ("parts", 2)):
+        assert train.main([*begun, "--steps", str(steps), "--out", str(tmp_path / out)]) == 0
+    resumed = ["--resume", "--out", str(tmp_path / "parts"), "--steps", "3", "--test-stories", "2"]
+    assert train.main(resumed) == 0
+    assert signals.result(tmp_path / "parts") == signals.result(tmp_path / "whole")
 
 
 def test_other_seeds_give_other_bits():
@@ -46,6 +66,61 @@ def test_a_warm_start_that_was_stopped_goes_on_to_the_same_bits():
     second.go_on_from({name: value.clone() for name, value in first.state().items()})
     assert [second.batch() for _ in range(5)] == losses[4:]
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True))
+
+
+BATCHES = 8
+warm_start = functools.partial(
+    train.warm_started, size="tiny", seed=0, batches=BATCHES, device=torch.device("cpu")
+)  # of a folder of runs
+
+
+@pytest.fixture(scope="module")
+def warm_start_in_one_go(tmp_path_factory):
+    return checkpoint.checksum(warm_start(tmp_path_factory.mktemp("whole")) / "model.safetensors")
+
+
+def before_batch(monkeypatch, number=None, act=None):
+    """Call `act` before the warm start's batch of this number; the batches that are begun are listed."""
+    monkeypatch.undo()
+    begun, batch = [], toy.WarmStart.batch
+
+    def watched(self):
+        begun.append(self.done + 1)
+        if begun[-1] == number:
+            act()
+        return batch(self)
+
+    monkeypatch.setattr(toy.WarmStart, "batch", watched)
+    return begun
+
+
+def test_ctrl_c_in_a_warm_start_keeps_its_batches(tmp_path, monkeypatch, warm_start_in_one_go):
+    with train.StopAsked() as stop:
+        begun = before_batch(monkeypatch, 3, lambda: stop(None, None))
+        with pytest.raises(KeyboardInterrupt, match=f"in the warm start, after batch 3 of {BATCHES}; it is kept, and"):
+            warm_start(tmp_path, stop=stop)
+    part = tmp_path / f"warm-start-tiny-seed0-{BATCHES}.part.safetensors"
+    assert part.is_file() and begun == [1, 2, 3]
+    begun = before_batch(monkeypatch)
+    folder = warm_start(tmp_path)
+    assert begun == [4, 5, 6, 7, 8]
+    assert checkpoint.checksum(folder / "model.safetensors") == warm_start_in_one_go and not part.exists()
+
+
+def test_a_warm_start_that_ends_without_warning_goes_on_from_what_was_saved(
+    tmp_path, monkeypatch, warm_start_in_one_go
+):
+    def killed():
+        raise SystemError
+
+    before_batch(monkeypatch, 5, killed)
+    monkeypatch.setattr(train, "SECONDS_AT_RISK", 0)
+    with pytest.raises(SystemError):
+        warm_start(tmp_path)
+    begun = before_batch(monkeypatch)
+    folder = warm_start(tmp_path)
+    assert begun == [5, 6, 7, 8]
+    assert checkpoint.checksum(folder / "model.safetensors") == warm_start_in_one_go
 
 
 def test_a_stop_asked_for_while_something_is_finished_waits_and_elsewhere_does_not():
@@ -86,6 +161,18 @@ def test_two_processes_do_not_write_one_folder(tmp_path):
         pass
 
 
+def test_who_wants_a_warm_start_that_another_makes_waits_for_it(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / f"warm-start-tiny-seed0-{BATCHES}"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, f"{folder}.lock", "1", str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    monkeypatch.setattr(train, "make_warm_start", None)  # (cannot be called)
+    assert warm_start(tmp_path) == folder and folder.is_dir()
+    assert capsys.readouterr().err == f"{folder} is being made by another process: waiting for it\n"
+    assert holder.wait() == 0
+
+
 def test_who_waits_for_a_lock_says_so_and_gets_it(tmp_path, capsys):
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path / "lock"), "1"], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -101,6 +188,8 @@ import sys, time, pathlib, checkpoint
 with checkpoint.only_one(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]) if len(sys.argv) > 2 else 600)
+    for made in sys.argv[3:]:
+        pathlib.Path(made).mkdir()
 """
 
 
@@ -115,3 +204,32 @@ def test_a_second_run_in_the_same_folder_is_refused_in_one_line(tmp_path, capsys
     holder.kill()
     assert capsys.readouterr().err.startswith(f"error: {out} is being written by another process; expected another")
     assert [file.name for file in out.iterdir()] == ["lock"]
+
+
+def test_a_second_evaluation_in_the_same_folder_is_refused_in_one_line(tmp_path, capsys):
+    tokenizer = toy.make_tokenizer()
+    toy.make_model("tiny", tokenizer, seed=0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    out = tmp_path / "eval"
+    out.mkdir()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(out / "lock")], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    assert evaluation.main([str(tmp_path / "model"), "--data", "toy", "--limit", "2", "--out", str(out)]) == 2
+    holder.kill()
+    assert capsys.readouterr().err.startswith(f"error: {out} is being written by another process; expected another")
+    assert [file.name for file in out.iterdir()] == ["lock"]
+
+
+def test_a_loss_without_a_chance_level_is_refused_before_anything_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(variants.LOSSES, "infonce", variants.LOSSES["infonce"]._replace(chance=None))
+    options = ["--contrastive-kind", "infonce", "--warm-start-batches", "2", "--out", str(tmp_path / "runs" / "new")]
+    assert train.main(options) == 2
+    assert "the contrastive loss 'infonce' has no chance level" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_would_take_months_says_so():
+    assert train.too_long(steps_left=10**6, seconds=60) == "1,000,000 steps are left: 694 days at this pace"
+    assert train.too_long(steps_left=10**4, seconds=60) is None

@@ -86,6 +86,12 @@ EQUAL = [
     ("\\begin{bmatrix} 1 \\\\ 2/4 \\end{bmatrix}", "\\begin{pmatrix} 1 \\\\ \\frac12 \\end{pmatrix}"),
     ("x \\in [1,2]", "[1,2]"), ("x=1 or x=2", "1,2"), ("(x,y)=(1,2)", "(1,2)"),
     ("52_{8}", "52_8"), ("-2 \\text{ and } 12", "12, -2"), ("A,B", "\\text{A, B}"), ("f(x) = 1+x", "x+1"),
+    *((answer, "72") for answer in (
+        "72 m", "72 g", "72 h", "72 s", "72 m^2", "72 m/s", "72¢", "Answer: 72", "\\angle A = 72^\\circ", "a_1=72",
+        "72\\text{ one-dollar bills}", "72\\text{ \\$}", "72 min", "72 .", "72\\text{ jelly beans}",
+    )),
+    ("72 m", "72m"), ("x = (4,-\\frac12)", "(4,-\\frac12)"), ("1 \\frac12", "\\frac32"), ("1+1/2", "\\frac32"),
+    ("2 or 4", "3 \\pm 1"),
     ("29,\\!322,\\!216", "29322216"), ("2x - y = 1", "y = 2x - 1"), ("12.5\\pi", "\\frac{25\\pi}{2}"),
 ]  # fmt: skip
 DIFFERENT = [
@@ -99,7 +105,12 @@ DIFFERENT = [
         "\\sim 72", "73$ $72", "\\{72,72\\}", "[72]", "\\phantom{72}", "7\\ 2", "7\\;2", "{7}{2}", "72ab", "72 x",
         "72 \\text{ dollars and } 5 \\text{ cents}",
         "72:1", "x \\to 72", "72 \\pm 0", "72 1/2", "72'", "72\\text{ dozen}",
+        "72. .", "72…", "72 dollars, seventy", "72\\text{ -one}", "72\\text{ seventy-two}",
+        "72\\text{ seventy-dollars}", "72\\text{ give, take}",
+        "72 m or more", "72 dollars min", "72 s or 3 s", "72\\text{ \\$}73", "(x,y)=(72)", "a_1+1=72",
+        "72\\text{ if the sum of all of them is meant}",
     )),
+    ("B...", "B"), ("(1,2)...", "(1,2)"), ("1,2 or so", "1,2"), ("1,2 dollars or none", "1,2"), ("72 m", "72m^2"),
     ("52_9", "52_8"), ("52", "52_8"), ("2(x=5)", "x=5"), ("2x=10", "x=5"), ("1,2", "(1,2)"), ("(1,2)", "\\{1,2\\}"),
     ("1.414214", "\\sqrt{2}"), ("\\frac{3}{2^{98}}", "\\frac{1}{2^{98}}"), ("\\csc 10_{99}", "\\csc 10"),
     ("\\text{ABCD}", "\\text{CBAD}"), ("\\{1,2,2\\}", "\\{1,2\\}"), ("x-x+72", "72"),
@@ -120,6 +131,15 @@ def test_no_wrong_answer_made_from_the_gold_answer_is_paid_and_every_usual_spell
     wrong, right = ([(*row, gold) for row in make(gold)] for make in (grader.wrong_answers, grader.right_spellings))
     assert [row for row, paid in zip(wrong, grader.ours(wrong), strict=True) if paid] == []
     assert [row for row, paid in zip(right, grader.ours(right), strict=True) if not paid] == []
+
+
+def test_the_table_counts_the_kinds_that_it_leaves_out(monkeypatch):
+    monkeypatch.setattr(grader, "theirs", lambda rows: [not paid for paid in grader.ours(rows)])
+    rows = [("hedged", "?", f"{n} ?", str(n)) for n in range(10, 15)] + [("changed", "'", "7'", "7")]
+    rows += [("right", "GOLD.", f"{n}.", str(n)) for n in (3, 4)] + [("borderline", "ours right", "72:1", "72")]
+    made = grader.table(rows)
+    assert "| hedged | `10 ?` | `10` | no | yes | 5 | ours right |" in made and "| changed" not in made
+    assert "Left out: 3 pairs of 2 kinds with fewer than 5 pairs each, 0 of them judged theirs right." in made
 
 
 def test_nor_one_made_from_the_golds_of_the_data_sets():

@@ -31,7 +31,8 @@ WRONG_OF_ANY = {
     "negated": ["\\neq GOLD", "\\text{not } GOLD", "\\lnot GOLD", "\\not= GOLD"],
     "hedged": [
         "\\approx GOLD", "\\sim GOLD", "\\text{about } GOLD", "GOLD\\text{ or more}", "\\text{at least } GOLD",
-        "GOLD\\text{ or so}", "GOLD ?", "\\text{maybe } GOLD", "GOLD, \\text{ perhaps}",
+        "GOLD\\text{ or so}", "GOLD ?", "\\text{maybe } GOLD", "GOLD, \\text{ perhaps}", "GOLD give or take",
+        "GOLD\\text{ give or take}", "GOLD\\text{ or thereabouts}",
     ],
     "related": [
         "\\le GOLD", "\\geq GOLD", "< GOLD", "> GOLD", "2x=GOLD", "ab=GOLD", "NEW = GOLD", "GOLD = NEW",
@@ -39,7 +40,7 @@ WRONG_OF_ANY = {
     ],
     "listed": [
         "1, 2, \\ldots, GOLD", "GOLD, \\ldots", "GOLD \\ldots", "0, NEW, GOLD", "GOLD, GOLD", "GOLD; NEW",
-        "\\dots, GOLD",
+        "\\dots, GOLD", "GOLD...", "GOLD ...", "GOLD..",
     ],
     "with a second": [
         "GOLD\\\\NEW", "NEW\\\\GOLD", "GOLD\\hspace{1cm}NEW", "NEW\\quad GOLD", "GOLD$ $NEW", "NEW$ $GOLD", "NEW GOLD",
@@ -52,30 +53,54 @@ WRONG_OF_ANY = {
     ],
     "changed": ["GOLD + c", "GOLD + NEW", "NEW - GOLD", "GOLD \\pm NEW", "|GOLD| + NEW", "GOLD½", "GOLD'", "GOLD_{99}"],
 }  # fmt: skip
+# Words behind a number that no unit has: another number, another size of it, or doubt.
+SECOND = "dollars or seventy, dollars and seventy, dollars or none, thirty, forty, fifty, ninety, dollars twelve"
+SIZE = (
+    "tens, pair, couple, score, gross, grand, lakh, crore, doubled, tripled, reciprocal, repeating, recurring, "
+    "excluded, K, M"
+)
+DOUBT = (
+    "hopefully, presumably, likely, estimated, rounded, ballpark, max, dollars min, tops, upwards, upper bound, "
+    "lower limit, untrue, nope, undefined, I believe, est., dollars..."
+)
+
+
+def behind(words: str) -> list[str]:
+    """Templates with each of the words behind the gold answer, bare and as \\\\text.
+
+    >>> behind("nope, I guess")
+    ['GOLD nope', 'GOLD\\\\text{ nope}', 'GOLD I guess', 'GOLD\\\\text{ I guess}']
+    """
+    return [template for some in words.split(", ") for template in (f"GOLD {some}", f"GOLD\\text{{ {some}}}")]
+
+
 # ... and where it is a number, none of these.
 WRONG_OF_A_NUMBER = {
     "of another kind": [
         "[GOLD]", "\\{GOLD\\}", "\\{GOLD,GOLD\\}", "(GOLD,GOLD)", "[GOLD,GOLD]", "(GOLD,\\infty)",
-        "\\begin{pmatrix} GOLD \\end{pmatrix}",
+        "\\begin{pmatrix} GOLD \\end{pmatrix}", "(x,y)=GOLD",
     ],
+    "in doubt": behind(DOUBT),
+    "with a second in words": behind(SECOND),
     "in a base": ["GOLD_8", "GOLD_{16}", "GOLD\\text{ base }8", "GOLD_x"],
     "of another size": [
         "GOLD\\text{ dozen}", "GOLD thousand", "GOLD\\text{ million}", "GOLDx", "GOLD x", "GOLDab", "GOLD:NEW",
-        "GOLD\\text{ and a half}", "GOLD/NEW",
+        "GOLD\\text{ and a half}", "GOLD/NEW", *behind(SIZE),
     ],
 }  # fmt: skip
-SPELLINGS = ["GOLD", "$GOLD$", "\\!GOLD", "GOLD ", "GOLD."]
+SPELLINGS = ["GOLD", "$GOLD$", "\\!GOLD", "GOLD ", "GOLD.", "Answer: GOLD"]
 SPELLINGS_OF_AN_INTEGER = [
     "x = GOLD", "\\text{GOLD}", "GOLD\\text{ apples}", "GOLD apples", "GOLD\\text{ cm}", "GOLD cm", "\\$GOLD",
     "GOLD\\%", "GOLD^\\circ", "(GOLD)", "{GOLD}", "\\theta = GOLD", "GOLD\\text{ square feet}", "GOLD\\text{ cm}^2",
     "GOLD miles per hour", "GOLD\\mbox{ km/h}", "GOLD\\ \\text{USD}", "\\mathbf{GOLD}", "\\frac{GOLD}{1}",
-    "GOLD dollars", "GOLD.0",
+    "GOLD dollars", "GOLD.0", "GOLD m", "GOLD g", "GOLD h", "GOLD s", "GOLD¢", "GOLD\\text{ \\$}", "a_1=GOLD",
+    "\\angle A = GOLD^\\circ", "GOLD\\text{ one-dollar bills}",
 ]  # fmt: skip
 # (answer, gold, who is right) where one may see it the one way or the other.
 BORDERLINE = [
-    ("60+12", "72", "matter of taste"), ("72 m", "72", "theirs right"), ("72,", "72", "matter of taste"),
+    ("60+12", "72", "matter of taste"), ("72,", "72", "matter of taste"),
     ("USD 72", "72", "theirs right"), ("--72", "72", "matter of taste"), ("\\text{Total} = 72", "72", "theirs right"),
-    ("x_1 = 72", "72", "matter of taste"), ("72:1", "72", "ours right"), ("1/4", "1:4", "matter of taste"),
+    ("72:1", "72", "ours right"), ("1/4", "1:4", "matter of taste"),
     ("52", "52_8", "matter of taste"), ("1,2", "(1,2)", "ours right"), ("1.414214", "\\sqrt{2}", "ours right"),
     ("\\mathbb{R}", "(-\\infty,\\infty)", "theirs right"), ("x=1, y=2", "(1,2)", "matter of taste"),
     ("A,B", "\\text{A, B}", "ours right"), ("\\{1,2,2\\}", "\\{1,2\\}", "matter of taste"),
@@ -113,7 +138,7 @@ def right_spellings(gold: str) -> list[tuple[str, str, str]]:
     ('right', 'with commas', '1,250')
     """
     integer = gold.strip("-").isdigit()
-    made = [("right", template, fill(template, gold)) for template in SPELLINGS]
+    made = [("right", template, fill(template, gold.removesuffix("."))) for template in SPELLINGS]
     made += [("right", template, fill(template, gold)) for template in SPELLINGS_OF_AN_INTEGER if integer]
     return made + ([("right", "with commas", f"{int(gold):,}")] if integer else [])
 
@@ -149,17 +174,19 @@ def theirs(rows: Sequence[tuple[str, str, str, str]]) -> list[bool]:
 
 
 def table(rows: Sequence[tuple[str, str, str, str]]) -> str:
-    """Where the verdicts differ: one row for each template and direction, with its shortest example."""
+    """Where the verdicts differ: one row for each template and direction, with its shortest example; a line counts the
+    templates that are too rare for a row."""
     found: dict[tuple, list] = {}
     for row, we, they in zip(rows, ours(rows), theirs(rows), strict=True):
         if we != they:
             found.setdefault((*(row if row[0] == "borderline" else row[:2]), we), []).append(row)
-    lines = []
+    lines, left_out = [], []  # (of the rare ones: how many pairs, and the judgement)
     for (kind, template, *_, we), same in found.items():
-        if kind != "borderline" and len(same) < 5:  # too few to be a kind
+        judgement = template if kind == "borderline" else "ours right" if we == (kind == "right") else "theirs right"
+        if kind != "borderline" and len(same) < 5:
+            left_out.append((len(same), judgement))
             continue
         answer, gold = min(((row[2], row[3]) for row in same), key=lambda pair: (len(pair[0] + pair[1]), pair))
-        judgement = template if kind == "borderline" else "ours right" if we == (kind == "right") else "theirs right"
         lines.append(
             f"| {kind} | `{code(answer)}` | `{code(gold)}` | {'yes' if we else 'no'} | {'no' if we else 'yes'} "
             f"| {len(same)} | {judgement} |"
@@ -170,7 +197,12 @@ def table(rows: Sequence[tuple[str, str, str, str]]) -> str:
         " shortest as example. \"right\": a spelling that should be paid;\nthe other kinds should not be.\n\n"
         "| kind | answer | gold answer | ours pays | theirs pays | pairs | judgement |\n|---|---|---|---|---|---|---|\n"
     )  # fmt: skip
-    return head + "\n".join(sorted(lines)) + "\n"
+    rare = sum(count for count, judgement in left_out if judgement == "theirs right")
+    foot = (
+        f"Left out: {sum(count for count, _ in left_out)} pairs of {len(left_out)} kinds with fewer than 5 pairs each, "
+        f"{rare} of them judged theirs right."
+    )
+    return head + "\n".join(sorted(lines)) + f"\n\n{foot}\n"
 
 
 def code(text: str) -> str:
