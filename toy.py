@@ -284,7 +284,7 @@ class WarmStart:
     `state` and `go_on_from` let it stop and go on, to the same bits.
     """
 
-    def __init__(self, model, tokenizer, seed: int, *, world: World = WORLD, batches: int = 800, batch_size: int = 16):
+    def __init__(self, model, tokenizer, seed: int, *, world: World = WORLD, batches: int = 600, batch_size: int = 32):
         self.model, self.tokenizer, self.batches, self.batch_size = model.train(), tokenizer, batches, batch_size
         self.demonstrator, self.done = Demonstrator(seed, world), 0
         self.optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98))
