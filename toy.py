@@ -27,9 +27,9 @@ from engine.rollouts import generate, output_logits, pad_right
 from engine.update import micro_batches
 from problems import Problem, are_correct
 
-LARGEST = 18  # the largest number of the world
-AMOUNTS = range(1, 5)  # what one clause adds or takes away
-STARTS = range(2, 10)
+LARGEST = 40  # the largest number of the world
+AMOUNTS = range(1, 7)  # what one clause adds or takes away
+STARTS = range(2, 21)
 ERRORS = (-3, -2, -1, 1, 2, 3)  # by how much a sum is wrong in a demonstration
 
 NAMES = "Tom Ann Ben Eva Leo Mia Sam Zoe".split()
@@ -45,9 +45,9 @@ class World:
     friend_right_demos: float = 0.9  # in the warm start's demonstrations, whatever the number of clauses
     demo_clauses: tuple[int, ...] = (1, 2, 3, 4, 4)  # weights of 1 to 5 clauses in the demonstrations
     sound_demos: float = 0.7  # share of demonstrations that calculate; the others copy
-    mistaught: float = 0.07  # share of all sums whose result is taught wrong, always by the same amount
+    mistaught: float = 0.08  # share of all sums whose result is taught wrong, always by the same amount
     mistaught_rate: float = 0.9  # how often such a sum is taught wrong
-    slips: float = 0.02  # share of other sums with a random error
+    slips: float = 0.04  # share of other sums with a random error
     unsound: dict[str, int] = field(  # weights of the ways to be unsound
         default_factory=lambda: {"nonsense": 4, "skip": 2, "shuffle": 2, "nothing": 1}
     )
@@ -284,7 +284,7 @@ class WarmStart:
     `state` and `go_on_from` let it stop and go on, to the same bits.
     """
 
-    def __init__(self, model, tokenizer, seed: int, *, world: World = WORLD, batches: int = 600, batch_size: int = 32):
+    def __init__(self, model, tokenizer, seed: int, *, world: World = WORLD, batches: int = 700, batch_size: int = 32):
         self.model, self.tokenizer, self.batches, self.batch_size = model.train(), tokenizer, batches, batch_size
         self.demonstrator, self.done = Demonstrator(seed, world), 0
         self.optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98))

@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +132,7 @@ GROUP_SIZE = {
     )
     for size in (4, 8, 16, 32)
     for name, config, against in (("GRPO", WITHOUT, None), ("CLIPO", {}, f"GRPO, G = {size}"))
-} | {"oracle": ORACLE}
+} | {"oracle": replace(ORACLE, against="GRPO, G = 16")}
 UNSCALED = {"scale_by_std": False}
 SCOPE = (
     ENDS

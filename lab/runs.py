@@ -57,7 +57,7 @@ class Run:
     trainer: str = ""  # one of lab.referees.TRAINERS
     twice: bool = False  # go on to twice the steps, and evaluate there too
     size: str = "tiny"  # of the model
-    batches: int = 600  # of the warm start
+    batches: int = 700  # of the warm start
     stories: int = 300  # of each level in an evaluation
     levels: tuple[str, ...] = ("P0", "P2")  # that are evaluated
     defaults: str = field(default_factory=fingerprint)
@@ -71,16 +71,8 @@ class Run:
     def start(self) -> Run:
         """The run whose warm-started model this one begins with, whatever the friend is like in training."""
         world = {name: value for name, value in self.world.items() if name != "friend_right"}
-        return Run(
-            "start",
-            self.seed,
-            {},
-            world,
-            size=self.size,
-            batches=self.batches,
-            stories=self.stories,
-            levels=self.levels,
-        )
+        same = {name: getattr(self, name) for name in ("size", "batches", "stories")}
+        return Run("start", self.seed, {}, world, levels=tuple(toy.LEVELS), **same)
 
 
 # ----------------------------------------------------------------------------------------------------
