@@ -509,28 +509,33 @@ def what_to_see(start: Levels, grpo: Levels, ours: Levels) -> tuple[str, str]:
     On P2 the friend is mostly wrong: who copies is wrong there, however right on P0, where stories are as in training.
     """
     p2 = [f"{100 * share(measured, 'P2', 'answer'):.0f}%" for measured in (start, grpo, ours)]
-    short = f"{100 * share(grpo, 'P0', 'answer'):.0f}%"
-    if drifted := share(grpo, "P2", "process") < share(start, "P2", "process") / 2:
-        first = (
-            f"GRPO learnt to copy the friend: on stories like those in training (P0) {short} of its answers are right, "
-            f"but on long ones (P2), where the friend is mostly wrong, {p2[1]}; the start had {p2[0]}."
+    fell = f"on long stories (P2), where the friend is mostly wrong, it went from {p2[0]} to {p2[1]} right answers"
+    lucky = f"{100 * share(grpo, 'P0', 'lucky'):.0f}% of its right answers to short ones (P0) are lucky"
+    if copied := share(grpo, "P2", "process") < share(start, "P2", "process") / 2:
+        first = f"GRPO learnt to copy the friend: {fell}; {lucky}."
+    elif is_behind(grpo, start):
+        first = f"GRPO began to copy the friend, but is not done with it: {fell}; {lucky}."
+    else:
+        first = f"From this start GRPO did not learn to copy (P2: from {p2[0]} to {p2[1]}): there is nothing to rescue."
+    if is_behind(grpo, ours) and share(ours, "P2", "process") > share(start, "P2", "process") / 2:
+        less = "less than the start, but " if is_behind(ours, start) else ""
+        second = (
+            f"CLIPO, which also pays right answers for agreeing with each other, has {p2[2]} there: {less}it went on "
+            "calculating, and nobody told it which steps were sound."
+        )
+    elif copied or is_behind(grpo, start):
+        second = (
+            f"CLIPO did not prevent it here ({p2[2]}): it pays what most right answers share, and among this start's "
+            "sampled ones the copied may be as many as the sound."
         )
     else:
-        first = f"From this start GRPO did not learn to copy (P2: {p2[1]}), so there is little for CLIPO to rescue."
-    ahead = wilson(*ours["P2"]["answer"])[0] > wilson(*grpo["P2"]["answer"])[1]
-    if ahead and share(ours, "P2", "process") > share(start, "P2", "process") / 2:
-        second = (
-            f"CLIPO, which also pays right answers for agreeing with each other, went on calculating: {p2[2]} on P2, "
-            "and nobody told it which steps were sound."
-        )
-    elif drifted:
-        second = (
-            f"CLIPO did not prevent it here ({p2[2]} on P2): it pays what most right answers share, so it fails where "
-            "most of them are copied before its head has learnt."
-        )
-    else:
-        second = f"CLIPO has {p2[2]} on P2."
+        second = f"CLIPO has {p2[2]}."
     return first, second
+
+
+def is_behind(one: Levels, other: Levels) -> bool:
+    """Is its share of right answers on P2 lower, so that the intervals do not meet?"""
+    return wilson(*one["P2"]["answer"])[1] < wilson(*other["P2"]["answer"])[0]
 
 
 def evaluated(models: dict, trainer: Trainer, out: Path, count: int) -> None:

@@ -143,10 +143,13 @@ START = levels((80, 78), (65, 62))
 @pytest.mark.parametrize(
     "grpo, ours, first, second",
     [
-        (levels((99, 0), (23, 0)), levels((90, 90), (75, 74)), "GRPO learnt to copy", "went on calculating: 75% on P2"),
-        (levels((99, 0), (23, 0)), levels((98, 0), (24, 0)), "GRPO learnt to copy", "not prevent it here (24% on P2)"),
+        (levels((99, 0), (23, 0)), levels((90, 90), (75, 74)), "GRPO learnt to copy", "75% there: it went on"),
+        (levels((99, 0), (23, 0)), levels((80, 50), (45, 40)), "GRPO learnt to copy", "45% there: less than"),
+        (levels((99, 0), (23, 0)), levels((98, 0), (24, 0)), "GRPO learnt to copy", "did not prevent it here (24%)"),
         (levels((99, 0), (23, 0)), levels((98, 0), (50, 0)), "GRPO learnt to copy", "did not prevent it"),  # by luck
-        (levels((88, 87), (70, 69)), levels((90, 90), (72, 72)), "GRPO did not learn to copy", "CLIPO has 72% on P2."),
+        (levels((95, 60), (40, 38)), levels((90, 90), (66, 66)), "GRPO began to copy", "66% there: it went on"),
+        (levels((95, 60), (40, 38)), levels((90, 60), (45, 44)), "GRPO began to copy", "did not prevent it here (45%)"),
+        (levels((88, 87), (70, 69)), levels((90, 90), (72, 72)), "GRPO did not learn to copy", "CLIPO has 72%."),
     ],
 )  # fmt: skip
 def test_the_sentences_say_what_the_table_shows(grpo, ours, first, second):
