@@ -705,6 +705,8 @@ def judge(pairs: Sequence[Sequence[str]]) -> list[bool]:
             os.close(write)
             working[pid] = pipe, first, end
         pid, _ = os.wait()
+        if pid not in working:  # somebody else's child
+            continue
         pipe, first, end = working.pop(pid)
         said = os.read(pipe, 32)
         os.close(pipe)
