@@ -548,6 +548,7 @@ def evaluated(models: dict, trainer: Trainer, out: Path, count: int) -> None:
     print(f"\n{toy_table(columns, count)}\n")
     if "GRPO" in columns:
         print(*(textwrap.fill(sentence, 110) for sentence in what_to_see(*columns.values())), "", sep="\n")
+    print("P0 is like the training stories; P1 and P2 are longer, and there the friend is right less and less.")
     print("process: every step is the story's and right, and so is the answer. lucky: a right answer without that.\n")
 
 
@@ -556,7 +557,7 @@ def try_next(settings: Settings, both: bool) -> None:
     seed = f" --seed {settings.config.seed}" if settings.config.seed else ""
     commands = {
         f"--both --seed {settings.config.seed + 1}": "both from another warm start",
-        f"--paper{seed}": "CLIPO with the paper's own constants",
+        **({} if settings.paper else {f"--paper{seed}": "CLIPO with the paper's own constants"}),
     }
     if not both:
         commands = {f"--both{seed}": "GRPO and CLIPO from this start, side by side", **commands}

@@ -62,10 +62,7 @@ def read_evaluation(file: Path) -> dict:
             return isinstance(value, list) and len(value) == 2 and all(type(count) is int for count in value)
         return isinstance(value, dict) and all(is_table(part, depth - 1) for part in value.values())
 
-    try:
-        table = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as reason:
-        raise UserError(f"{file} cannot be read ({reason}); expected what train.py wrote") from reason
+    table = checkpoint.read_json(file, {})
     if not is_table(table, 3):
         raise UserError(f"{file} is no table of levels; expected what train.py wrote")
     return table
