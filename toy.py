@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from engine.muon import Muon
 from engine.rollouts import generate, output_logits, pad_right
 from engine.update import micro_batches
 from problems import Problem, are_correct
@@ -279,15 +280,20 @@ def make_model(size: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen
 
 
 class WarmStart:
-    """Supervised training on demonstrations, in place: AdamW, lr up over a tenth of the batches, then down to 0.
+    """Supervised training on demonstrations, in place: lr up over a tenth of the batches, then down to 0.
 
-    `state` and `go_on_from` let it stop and go on, to the same bits.
+    Muon for the layers' matrices, AdamW for the rest. `state` and `go_on_from` let it stop and go on, to the same bits.
     """
 
-    def __init__(self, model, tokenizer, seed: int, *, world: World = WORLD, batches: int = 700, batch_size: int = 32):
+    def __init__(self, model, tokenizer, seed: int, *, world: World = WORLD, batches: int = 600, batch_size: int = 32):
         self.model, self.tokenizer, self.batches, self.batch_size = model.train(), tokenizer, batches, batch_size
         self.demonstrator, self.done = Demonstrator(seed, world), 0
-        self.optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98))
+        matrices = [p for p in model.base_model.layers.parameters() if p.ndim == 2]
+        others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+        self.optimizers = {
+            "muon": Muon(matrices, lr=5e-3),
+            "adam": torch.optim.AdamW(others, lr=6e-3, betas=(0.9, 0.98)),
+        }
 
     def batch(self) -> float:
         """The next batch; its mean loss per token of the responses. (The questions are given, not learnt.)"""
@@ -310,11 +316,12 @@ class WarmStart:
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         rise = max(1, self.batches // 10)
-        for group in self.optimizer.param_groups:
-            share = min((self.done + 1) / rise, (self.batches - self.done) / max(1, self.batches - rise))
-            group["lr"] = 3e-3 * share
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        share = min((self.done + 1) / rise, (self.batches - self.done) / max(1, self.batches - rise))
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * share
+            optimizer.step()
+            optimizer.zero_grad()
         self.done += 1
         return total
 
@@ -322,8 +329,9 @@ class WarmStart:
         """All that the batches to come depend on."""
         weights = {f"weight/{name}": p.detach() for name, p in self.model.named_parameters()}
         moments = {
-            f"moment/{i}/{kind}": value
-            for i, of_one in self.optimizer.state_dict()["state"].items()
+            f"{name}/{i}/{kind}": value
+            for name, optimizer in self.optimizers.items()
+            for i, of_one in optimizer.state_dict()["state"].items()
             for kind, value in of_one.items()
         }
         return {"done": torch.tensor(self.done), **weights, **moments}
@@ -334,12 +342,14 @@ class WarmStart:
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(state[f"weight/{name}"])
-        moments: dict[int, dict[str, Tensor]] = {}
+        moments: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in self.optimizers}
         for key, value in state.items():
-            if key.startswith("moment/"):
-                _, i, kind = key.split("/")
-                moments.setdefault(int(i), {})[kind] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+            owner, _, rest = key.partition("/")
+            if owner in moments:
+                i, kind = rest.split("/")
+                moments[owner].setdefault(int(i), {})[kind] = value
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": moments[name]})
         for _ in range(self.done * self.batch_size):  # demonstrations that were seen
             self.demonstrator.pair()
 

@@ -163,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--track", choices=list(TRACKS), help="whose defaults (default: --data if it is one, else gsm8k)")
     p.add_argument("--paper", action="store_true", help="on the toy world: the paper's constants, not the informative")
     p.add_argument("--size", choices=list(toy.SIZES), help="the toy world's model (default: tiny)")
-    p.add_argument("--warm-start-batches", type=int, metavar="N", help="its supervised batches (default: 700)")
+    p.add_argument("--warm-start-batches", type=int, metavar="N", help="its supervised batches (default: 600)")
     p.add_argument(
         "--out",
         metavar="FOLDER",
@@ -204,7 +204,7 @@ def settings_from(given: dict) -> Settings:
         track,
         given.get("paper", False),
         given.get("size", "tiny"),
-        given.get("warm_start_batches", 700),
+        given.get("warm_start_batches", 600),
         config,
         given["command"],
         given.get("engine", "fast" if "model" in given else "plain"),

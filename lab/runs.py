@@ -57,7 +57,7 @@ class Run:
     trainer: str = ""  # one of lab.referees.TRAINERS
     twice: bool = False  # go on to twice the steps, and evaluate there too
     size: str = "tiny"  # of the model
-    batches: int = 700  # of the warm start
+    batches: int = 600  # of the warm start
     stories: int = 300  # of each level in an evaluation
     levels: tuple[str, ...] = ("P0", "P2")  # that are evaluated
     defaults: str = field(default_factory=fingerprint)
