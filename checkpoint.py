@@ -136,7 +136,7 @@ def save(trainer: CLIPO, out: Path) -> Path:
     for log in ("metrics.jsonl", "rollouts.jsonl"):  # the lines that belong to this state, before the state itself
         if (out / log).exists():
             flush(out / log)
-    files = {str(file.relative_to(aside)): checksum(file) for file in sorted(aside.rglob("*")) if file.is_file()}
+    files = {file.relative_to(aside).as_posix(): checksum(file) for file in sorted(aside.rglob("*")) if file.is_file()}
     write_text(aside / SEAL, json.dumps({"steps_done": trainer.steps_done, "sha256": files}, indent=1))
     for file in files:
         flush(aside / file)
@@ -166,8 +166,13 @@ def checksum(file: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or which files a folder has, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until a file, or which files a folder has, is on the disk. (Not a folder on Windows, which opens none.)"""
+    try:
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes only what one may write
+    except PermissionError:
+        if path.is_dir():
+            return
+        raise
     try:
         os.fsync(handle)
     finally:

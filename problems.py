@@ -624,6 +624,9 @@ def shape(text: str) -> str | None:
     return f"{left}:{''.join(sorted(variables))}"
 
 
+CAN_FORK = hasattr(os, "fork")
+
+
 class Referee:
     """Compares expressions by math-verify, safely: in processes that the kernel ends.
 
@@ -631,10 +634,14 @@ class Referee:
     only. So a server process (this file, run as a script) imports it once and compares the pairs in children that it
     forks. An alarm ends a child SECONDS after it began with a pair, and it cannot allocate more than BYTES: the pair
     over which it ended is wrong.
+
+    Windows knows no fork. There the server compares by itself, a pair at a time, and is ended over one that takes
+    too long; the next one waits until another has started. No limit is set to its memory but by those SECONDS.
     """
 
     SECONDS = 0.7
     BYTES = 2**31
+    COMMAND = (sys.executable, __file__)
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -645,7 +652,7 @@ class Referee:
         if self.server is not None and self.server.poll() is None:
             return
         self.server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+            self.COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
         )
         if self.server.stdout.readline() != "ready\n":  # after a second or so: it imports math-verify
             raise RuntimeError("math-verify cannot be imported (the reason stands above); install requirements.txt")
@@ -655,20 +662,34 @@ class Referee:
         if not pairs:
             return []
         with self.lock:
-            self.start()
-            try:
-                self.server.stdin.write(json.dumps(pairs) + "\n")
-                self.server.stdin.flush()
-                return json.loads(self.server.stdout.readline())
-            except (OSError, ValueError):  # the server itself was killed; the next call starts another
-                self.server.kill()
-                self.server.wait()
+            if not CAN_FORK:
+                return [self.ask([pair], self.SECONDS) == [True] for pair in pairs]
+            if (verdicts := self.ask(pairs)) is None:
                 warnings.warn(f"the grading process ended; {len(pairs)} answers count as wrong", stacklevel=2)
-                return [False] * len(pairs)
+            return verdicts or [False] * len(pairs)
+
+    def ask(self, pairs: Sequence[tuple[str, str]], seconds: float | None = None) -> list[bool] | None:
+        """The server's verdicts; None if it ended, or was ended for taking longer. The next call starts another."""
+        self.start()
+        alarm = threading.Timer(seconds or 0, self.stop)
+        if seconds:
+            alarm.start()
+        try:
+            self.server.stdin.write(json.dumps(pairs) + "\n")
+            self.server.stdin.flush()
+            return json.loads(self.server.stdout.readline())
+        except (OSError, ValueError):
+            self.stop()
+            return None
+        finally:
+            alarm.cancel()
+            if seconds:
+                alarm.join()  # if it rings at this moment, the server is gone before the next pair
 
     def stop(self) -> None:
         if self.server is not None:
             self.server.kill()
+            self.server.wait()
 
 
 referee = Referee()
@@ -687,7 +708,8 @@ def serve() -> None:
     gc.freeze()  # or every child's garbage collection would copy the memory that it shares
     print("ready", flush=True)
     for line in sys.stdin:
-        print(json.dumps(judge(json.loads(line))), flush=True)
+        pairs = json.loads(line)
+        print(json.dumps(judge(pairs) if CAN_FORK else [is_equal(*pair) for pair in pairs]), flush=True)
 
 
 def judge(pairs: Sequence[Sequence[str]]) -> list[bool]:
@@ -729,12 +751,16 @@ def compare_or_die(pairs: Sequence[Sequence[str]], pipe: int) -> None:
     try:
         for answer, gold in pairs:
             signal.setitimer(signal.ITIMER_REAL, Referee.SECONDS)
-            equal = False
-            with suppress(Exception):  # what it cannot read is not right
-                equal = expressions_equal(answer, gold)
-            os.write(pipe, b"1" if equal else b"0")
+            os.write(pipe, b"1" if is_equal(answer, gold) else b"0")
     finally:
         os._exit(0)
+
+
+def is_equal(answer: str, gold: str) -> bool:
+    """`expressions_equal`, where what cannot be read is not right."""
+    with suppress(Exception):
+        return bool(expressions_equal(answer, gold))
+    return False
 
 
 def expressions_equal(answer: str, gold: str) -> bool:

@@ -26,6 +26,7 @@ import checkpoint
 import toy
 import train
 import tsne
+from engine.table import what_to_see
 
 TINY_RUN = [
     "--warm-start-batches", "3", "--prompts-per-step", "2", "--samples-per-prompt", "4", "--max-new-tokens", "8",
@@ -153,7 +154,7 @@ START = levels((80, 78), (65, 62))
     ],
 )  # fmt: skip
 def test_the_sentences_say_what_the_table_shows(grpo, ours, first, second):
-    told = train.what_to_see(START, grpo, ours)
+    told = what_to_see(START, grpo, ours)
     assert first in told[0] and second in told[1]
     assert f"{grpo['P2']['answer'][0]}%" in told[0] and f"{ours['P2']['answer'][0]}%" in told[1]
 
