@@ -177,39 +177,6 @@ def test_mistakes_get_one_line_and_status_2(tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("no Chromium here (Debian: apt install chromium)")
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_page(browser):
-    """Open a file at a width; at the end of the test: nothing was complained of, nothing asked of a network."""
-    complaints, pages = [], []
-
-    def open_at(file, width=1400):
-        page = browser.new_page(viewport={"width": width, "height": 900})
-        pages.append(page)
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("dialog", lambda dialog: complaints.append("a dialog"))
-        page.on("request", lambda request: request.url.startswith("file://") or complaints.append(request.url))
-        page.goto(file.resolve().as_uri())
-        return page
-
-    yield open_at
-    for page in pages:
-        page.close()
-    assert complaints == []
-
-
-@pytest.fixture(scope="module")
 def run(tmp_path_factory):
     groups = [
         group(step, [f"{step}.{g}.{i}" for i in "abcd"], f"Question {step}.{g}") for step in (1, 2, 3) for g in (0, 1)
