@@ -129,11 +129,11 @@ def as_json(value) -> str:
     return json.dumps(plain(value), separators=(",", ":")).replace("<", "\\u003c")
 
 
-def page(runs: Sequence[dict]) -> str:
-    """The whole page."""
+def page(runs: Sequence[dict], budget: int = BUDGET) -> str:
+    """The whole page, with at most `budget` characters of groups."""
     text = TEMPLATE.read_text(encoding="utf-8")
     for run in runs:
-        fit(run, BUDGET // len(runs))
+        fit(run, budget // len(runs))
     script = text[text.index("<script>") + len("<script>") : text.rindex("</script>")]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -141,12 +141,12 @@ def page(runs: Sequence[dict]) -> str:
     return text.replace("<!-- DATA -->", f'<script type="application/json" id="data">{as_json(list(runs))}</script>')
 
 
-def write_report(folders: Sequence[Path]) -> Path:
+def write_report(folders: Sequence[Path], budget: int = BUDGET) -> Path:
     """Write the page of one run, or of two, into the first one's folder. Raises UserError."""
     if len(folders) > 2:
         raise UserError(f"{len(folders)} runs are given; expected one or two")
     file = folders[0] / "report.html"
-    checkpoint.write_text(file, page([read_run(folder) for folder in folders]))
+    checkpoint.write_text(file, page([read_run(folder) for folder in folders], budget))
     return file
 
 
@@ -155,8 +155,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m engine.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="one or two folders of runs of train.py")
+    parser.add_argument(
+        "--kilobytes", type=int, default=BUDGET // 1000, metavar="N", help=f"of groups, at most ({BUDGET // 1000})"
+    )
     given = parser.parse_args(arguments)
-    return status_of(lambda: print(write_report(given.runs)))
+    if given.kilobytes < 1:
+        parser.error(f"--kilobytes is {given.kilobytes}; expected 1 or more")
+    return status_of(lambda: print(write_report(given.runs, 1000 * given.kilobytes)))
 
 
 if __name__ == "__main__":

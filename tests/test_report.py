@@ -117,6 +117,19 @@ def test_numbers_that_are_none_become_null():
     assert report.as_json([float("nan"), float("inf"), 1 / 3]) == "[null,null,0.33333]"
 
 
+def test_a_page_may_be_asked_to_be_small(tmp_path, capsys):
+    out = write_run(tmp_path / "run", [group(step, "abcd") for step in range(1, 41)], steps=40)
+    for kilobytes, steps in ((1000, 40), (10, None)):
+        assert report.main([str(out), "--kilobytes", str(kilobytes)]) == 0
+        (run,) = shown_data(out / "report.html")
+        kept = [one["step"] for one in run["groups"]]
+        assert len(json.dumps(run["groups"], separators=(",", ":"))) <= 1000 * kilobytes
+        assert kept[0] == 1 and kept[-1] == 40 and (len(kept) == steps if steps else 2 <= len(kept) < 40)
+    with pytest.raises(SystemExit) as stopped:
+        report.main([str(out), "--kilobytes", "0"])
+    assert stopped.value.code == 2 and "--kilobytes is 0; expected 1 or more" in capsys.readouterr().err
+
+
 def test_a_long_run_stays_under_five_megabytes_with_its_first_and_last_step(tmp_path):
     groups = [group(step, ["x" * 9000] * 8) for step in range(1, 301)]
     run = write_run(tmp_path / "run", groups, steps=3000)
