@@ -23,10 +23,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from clipo import end_of_sequence_ids
 from engine.muon import Muon
 from engine.rollouts import generate, output_logits, pad_right
 from engine.update import micro_batches
-from problems import Problem, are_correct
+from problems import Problem, are_correct, prompt_ids
 
 LARGEST = 40  # the largest number of the world
 AMOUNTS = range(1, 7)  # what one clause adds or takes away
@@ -243,6 +244,11 @@ def write(steps: Sequence[tuple[int, str, int, int]], answer: int) -> str:
     return " ".join([*(f"{a} {sign} {b} = {c} ." for a, sign, b, c in steps), f"#### {answer}"])
 
 
+def longest_response(tokenizer, some: Sequence[Story]) -> int:
+    """Tokens of the longest sound response to one of these stories."""
+    return max(len(tokenizer(write(s.solution, int(s.answer)), add_special_tokens=False)["input_ids"]) for s in some)
+
+
 # ----------------------------------------------------------------------------------------------------
 # The model and its warm start
 # ----------------------------------------------------------------------------------------------------
@@ -282,12 +288,27 @@ def make_model(size: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen
 class WarmStart:
     """Supervised training on demonstrations, in place: lr up over a tenth of the batches, then down to 0.
 
-    Muon for the layers' matrices, AdamW for the rest. `state` and `go_on_from` let it stop and go on, to the same bits.
+    Muon for the layers' matrices, AdamW for the rest; a pretrained model is moved gently, by AdamW alone. `state` and
+    `go_on_from` let it stop and go on, to the same bits.
     """
 
-    def __init__(self, model, tokenizer, seed: int, *, world: World = WORLD, batches: int = 600, batch_size: int = 32):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        seed: int,
+        *,
+        world: World = WORLD,
+        batches: int = 600,
+        batch_size: int = 32,
+        pretrained: bool = False,
+    ):
         self.model, self.tokenizer, self.batches, self.batch_size = model.train(), tokenizer, batches, batch_size
         self.demonstrator, self.done = Demonstrator(seed, world), 0
+        self.end = end_of_sequence_ids(model, tokenizer)[0]
+        if pretrained:
+            self.optimizers = {"adam": torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98))}
+            return
         matrices = [p for p in model.base_model.layers.parameters() if p.ndim == 2]
         others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
         self.optimizers = {
@@ -300,16 +321,19 @@ class WarmStart:
         tokenizer, device = self.tokenizer, self.model.device
         budget = 1024 if device.type == "cpu" else 2**20  # tokens at once: what a core's cache holds; on a GPU all
         demonstrations = [self.demonstrator.pair() for _ in range(self.batch_size)]
-        questions, responses = (tokenizer(list(texts))["input_ids"] for texts in zip(*demonstrations, strict=True))
-        sequences = [[*q, *r, tokenizer.eos_token_id] for q, r in zip(questions, responses, strict=True)]
+        questions = [prompt_ids(tokenizer, question, suffix="") for question, _ in demonstrations]
+        responses = [tokenizer(text, add_special_tokens=False)["input_ids"] for _, text in demonstrations]
+        sequences = [[*q, *r, self.end] for q, r in zip(questions, responses, strict=True)]
         learnt = sum(map(len, sequences)) - sum(map(len, questions))
         total = 0.0
         for rows in micro_batches([len(s) for s in sequences], budget):
             tokens = pad_right([sequences[row] for row in rows], device)  # (rows, S)
             states = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
-            begins = torch.tensor([[len(questions[row])] for row in rows], device=device)
+            begins, ends = (
+                torch.tensor([[len(of[row])] for row in rows], device=device) for of in (questions, sequences)
+            )
             place = torch.arange(1, tokens.shape[1], device=device)
-            of_response = (place >= begins) & (tokens[:, 1:] != tokenizer.pad_token_id)  # (rows, S-1)
+            of_response = (place >= begins) & (place < ends)  # (rows, S-1)
             logits = output_logits(self.model, states[of_response])  # (tokens to predict, V)
             loss = F.cross_entropy(logits, tokens[:, 1:][of_response], reduction="sum") / learnt
             loss.backward()
@@ -389,10 +413,10 @@ def evaluate(
         test = stories(f"test {name} {seed}", LEVELS[name], count, world)
         rollouts = generate(
             model,
-            [tokenizer(story.question)["input_ids"] for story in test],
+            [prompt_ids(tokenizer, story.question, suffix="") for story in test],
             samples_per_prompt=1,
-            max_new_tokens=48,
-            eos_token_id=tokenizer.eos_token_id,
+            max_new_tokens=max(48, longest_response(tokenizer, test) + 16),  # (some tokenizers split numbers)
+            eos_token_id=end_of_sequence_ids(model, tokenizer),
             temperature=temperature,
             generator=generator,
             cuda_graphs=cuda_graphs,

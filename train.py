@@ -163,7 +163,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--track", choices=list(TRACKS), help="whose defaults (default: --data if it is one, else gsm8k)")
     p.add_argument("--paper", action="store_true", help="on the toy world: the paper's constants, not the informative")
     p.add_argument("--size", choices=list(toy.SIZES), help="the toy world's model (default: tiny)")
-    p.add_argument("--warm-start-batches", type=int, metavar="N", help="its supervised batches (default: 600)")
+    p.add_argument(
+        "--warm-start-batches",
+        type=int,
+        metavar="N",
+        help="supervised batches before, on the toy world: 600 of 32 demonstrations, 100 of 8 for a --model",
+    )
     p.add_argument(
         "--out",
         metavar="FOLDER",
@@ -204,7 +209,7 @@ def settings_from(given: dict) -> Settings:
         track,
         given.get("paper", False),
         given.get("size", "tiny"),
-        given.get("warm_start_batches", 600),
+        given.get("warm_start_batches", 100 if "model" in given else 600),
         config,
         given["command"],
         given.get("engine", "fast" if "model" in given else "plain"),
@@ -291,18 +296,22 @@ def warm_started(
     device: torch.device,
     world: toy.World = toy.WORLD,
     stop: StopAsked | None = None,
+    model: str | None = None,
 ) -> Path:
-    """The folder of the toy world's warm-started model, made on first use and kept for the next run."""
+    """The folder of a warm-started model, made on first use and kept for the next run: the toy world's own of a size,
+    or a pretrained `model` that has now seen demonstrations.
+    """
     changed = [  # (how often the friend is right on a test does not show in demonstrations)
         f"{f.name}={getattr(world, f.name)}"
         for f in dataclasses.fields(world)
         if f.name != "friend_right" and getattr(world, f.name) != getattr(toy.WORLD, f.name)
     ]
-    folder = runs / "-".join([f"warm-start-{size}-seed{seed}-{batches}", *changed])
+    whose = Path(model).name if model else size
+    folder = runs / "-".join([f"warm-start-{whose}-seed{seed}-{batches}", *changed])
     runs.mkdir(parents=True, exist_ok=True)
     with checkpoint.only_one(Path(f"{folder}.lock"), wait=f"{folder} is being made by another process: waiting for it"):
         if not folder.is_dir():
-            make_warm_start(folder, size, seed, batches, device, world, stop)
+            make_warm_start(folder, size, seed, batches, device, world, stop, model)
     return folder.resolve()
 
 
@@ -310,12 +319,23 @@ SECONDS_AT_RISK = 20  # of a warm start, at most, when a plug is pulled
 
 
 def make_warm_start(
-    folder: Path, size: str, seed: int, batches: int, device: torch.device, world: toy.World, stop: StopAsked | None
+    folder: Path,
+    size: str,
+    seed: int,
+    batches: int,
+    device: torch.device,
+    world: toy.World,
+    stop: StopAsked | None,
+    pretrained: str | None,
 ) -> None:
     """Train it, or go on where that was stopped. Raises KeyboardInterrupt, saved, if `stop` was asked."""
-    tokenizer = toy.make_tokenizer()
-    model = toy.make_model(size, tokenizer, seed).to(device)
-    training = toy.WarmStart(model, tokenizer, seed, world=world, batches=batches)
+    if pretrained:
+        model, tokenizer = checkpoint.load_model(pretrained, device)
+        options = {"batch_size": 8, "pretrained": True}
+    else:
+        tokenizer, options = toy.make_tokenizer(), {}
+        model = toy.make_model(size, tokenizer, seed).to(device)
+    training = toy.WarmStart(model, tokenizer, seed, world=world, batches=batches, **options)
     part = Path(f"{folder}.part.safetensors")
     try:
         if part.exists():
@@ -534,9 +554,9 @@ def open_run(
 ) -> tuple[Trainer, ToyTask | DataTask]:
     """The trainer and its task, as they begin or as the last checkpoint left them. Raises UserError, OSError."""
     config = settings.config
-    if settings.model is None:
-        batches = settings.warm_start_batches
-        settings.model = str(warm_started(out.parent, settings.size, config.seed, batches, device, stop=stop))
+    if settings.data == "toy" and not resume:
+        start = out.parent, settings.size, config.seed, settings.warm_start_batches, device
+        settings.model = str(warm_started(*start, stop=stop, model=settings.model))
     policy, tokenizer = checkpoint.load_model(settings.model, device)
     task = ToyTask(config) if settings.data == "toy" else DataTask(config, settings.data, tokenizer)
     check_room(policy, task.longest_prompt, config.max_new_tokens)
@@ -591,6 +611,9 @@ def run(given: dict, grpo: Path | None = None) -> int:
                 print(f"all {config.steps} steps are head warm-up (--head-warmup-steps {config.head_warmup_steps}): "
                       "the policy will not change")  # fmt: skip
             show_plan(trainer, task.longest_prompt)
+            room = config.max_new_tokens
+            if settings.data == "toy" and (most := toy.longest_response(trainer.tokenizer, task.problems(0))) > room:
+                print(f"  a sound response may have {most} tokens; --max-new-tokens {room} cuts it off")
             early = train(trainer, task, out, given.get("save_every", 20), given.get("log_groups", 2), stop)
             if early and trainer.steps_done < config.steps:
                 write_report([out])

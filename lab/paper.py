@@ -32,7 +32,7 @@ import toy
 import tsne
 from config import INFORMATIVE, CLIPOConfig
 from lab.bench import markdown
-from lab.runs import ROOT, SHARES, Run, known_runs, make
+from lab.runs import PRETRAINED, ROOT, SHARES, Run, known_runs, make
 from problems import OptionParser
 
 # ----------------------------------------------------------------------------------------------------
@@ -60,7 +60,8 @@ class Arm:
         usual, usual_world = CLIPOConfig.for_track("toy"), toy.WORLD
         config = {name: value for name, value in config.items() if value != getattr(usual, name)}
         world = {name: value for name, value in self.world.items() if value != getattr(usual_world, name)}
-        short = {"batches": 30, "stories": 30} if steps else {}
+        few = {"batches": 100, "stories": 100} if self.size in PRETRAINED else {}
+        short = {"batches": 30, "stories": 30} if steps else few
         whole = {"twice": True, "levels": tuple(toy.LEVELS)} if self.is_of_track1 else {}
         return Run("train", seed, config, world, trainer=self.trainer, size=self.size, **short, **whole)
 
@@ -101,6 +102,17 @@ SMALL = {  # a model of 27M parameters
     "paper's constants": Arm(PAPER, size="small"),
     "CLIPO": Arm(size="small"),
     "oracle": Arm(WITHOUT, trainer="oracle", size="small"),
+}
+LAPTOP = {  # what a pretrained model of 135M can do on two cores in hours: a gentler update of fewer, longer responses
+    "lr": 1e-5, "steps": 40, "prompts_per_step": 4, "mini_batch_prompts": 4, "samples_per_prompt": 8,
+    "max_new_tokens": 48,
+}  # fmt: skip
+SMOLLM = {
+    "GRPO": Arm(WITHOUT | LAPTOP, None, size="smollm"),
+    "CLIPO": Arm(LAPTOP, size="smollm"),
+    "paper's constants": Arm(PAPER | LAPTOP, size="smollm"),
+    "CLIPO, shuffled": Arm(SHUFFLED | LAPTOP, size="smollm"),
+    "oracle": Arm(WITHOUT | LAPTOP, trainer="oracle", size="smollm"),
 }
 BASELINES = {
     name + plus: Arm(config | weight, against)
@@ -583,8 +595,10 @@ EXPERIMENTS = {  # the most important first: `all` may be stopped
     "groupsize": Experiment("Group size at equal rollouts per step", GROUP_SIZE, 2),
     "precision": Experiment("Matrix products in bfloat16, weights and optimiser in float32", PRECISION, 2),
     "small": Experiment("A model of 27M parameters", SMALL, 1),
+    "smollm": Experiment("A pretrained model: SmolLM2-135M-Instruct", SMOLLM, 1),
 }
 NAMES = [*EXPERIMENTS, "tsne", "all"]
+APART = {"smollm"}  # not of `all`: it wants a model that is not made here
 FROZEN = {**RUNGS, **ALONE, **TAKEN_AWAY}
 FROZEN_SEEDS = range(FIRST, FIRST + 2)
 
@@ -702,7 +716,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = given.out or (ROOT / "runs" / "trial" if given.seeds or given.steps else ROOT / "results")
     out.mkdir(parents=True, exist_ok=True)
     try:
-        for name in NAMES[:-1] if given.name == "all" else [given.name]:
+        if given.name == "smollm" and not given.draw and not PRETRAINED["smollm"].is_dir():
+            parser.error(f"{PRETRAINED['smollm']} is missing; expected a model there: python -m lab.smollm runs/smollm")
+        for name in [n for n in NAMES[:-1] if n not in APART or given.draw] if given.name == "all" else [given.name]:
             print(out / f"{name}.md" if make_and_draw(name, out, given) else f"{name}: not run yet")
     except KeyboardInterrupt:
         print("stopped; what is finished stays, and the same command goes on", file=sys.stderr)

@@ -35,6 +35,7 @@ from problems import are_correct
 from train import ToyTask, take_step, warm_started
 
 ROOT = Path(__file__).resolve().parents[1]
+PRETRAINED = {"smollm": ROOT / "runs" / "smollm"}  # a size that is a model of its own: python -m lab.smollm runs/smollm
 SHARES = 5  # bins of the share of sound ones among a group's correct rollouts
 
 
@@ -56,7 +57,7 @@ class Run:
     world: dict = field(default_factory=dict)  # changes to toy.World()
     trainer: str = ""  # one of lab.referees.TRAINERS
     twice: bool = False  # go on to twice the steps, and evaluate there too
-    size: str = "tiny"  # of the model
+    size: str = "tiny"  # of the model, one of toy.SIZES or PRETRAINED
     batches: int = 600  # of the warm start
     stories: int = 300  # of each level in an evaluation
     levels: tuple[str, ...] = ("P0", "P2")  # that are evaluated
@@ -133,7 +134,8 @@ class Mechanism:
 def open_start(run: Run, runs: Path, device: torch.device):
     """The warm-started model of a run, its tokenizer, its world."""
     world = toy.World(**run.world)
-    folder = warm_started(runs, run.size, run.seed, run.batches, device, world)
+    pretrained = str(PRETRAINED[run.size]) if run.size in PRETRAINED else None
+    folder = warm_started(runs, run.size, run.seed, run.batches, device, world, model=pretrained)
     return *checkpoint.load_model(str(folder), device), world
 
 

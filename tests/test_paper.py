@@ -40,6 +40,29 @@ def test_an_arm_leaves_out_what_is_the_default_anyway():
     assert paper.Arm({"tau": 0.1}).run(3, steps=5) == Run("train", 3, {"tau": 0.1, "steps": 5}, {}, **short)
 
 
+def test_a_pretrained_model_has_a_warm_start_of_its_own(tmp_path, monkeypatch, capsys):
+    run = paper.SMOLLM["CLIPO"].run(16)
+    assert (run.size, run.batches, run.stories, run.start.size, run.start.batches) == (
+        "smollm",
+        100,
+        100,
+        "smollm",
+        100,
+    )
+    asked = {}
+    monkeypatch.setattr(runs, "warm_started", lambda *known, **named: asked.update(named) or tmp_path)
+    monkeypatch.setattr(runs.checkpoint, "load_model", lambda folder, device: (folder, "tokenizer"))
+    assert runs.open_start(run.start, tmp_path, torch.device("cpu"))[0] == str(tmp_path)
+    assert asked["model"] == str(runs.PRETRAINED["smollm"])
+    runs.open_start(Run("start", 16), tmp_path, torch.device("cpu"))
+    assert asked["model"] is None
+
+    monkeypatch.setitem(runs.PRETRAINED, "smollm", tmp_path / "nothing")
+    with pytest.raises(SystemExit):
+        paper.main(["smollm", "--out", str(tmp_path / "out")])
+    assert "nothing is missing; expected a model there: python -m lab.smollm runs/smollm" in capsys.readouterr().err
+
+
 def test_the_papers_arm_has_the_papers_constants_and_the_ladder_ends_at_ours():
     arm = paper.MECHANISM["paper's constants"]
     assert CLIPOConfig.for_track("toy", **arm.config) == CLIPOConfig.for_track("toy", paper=True)

@@ -2,6 +2,7 @@
 
 import random
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,7 +135,7 @@ def test_evaluation_counts(monkeypatch):
         return clipo.Rollouts(tokens, tokens > 0, tokens.float(), tokens.float())
 
     monkeypatch.setattr(toy, "generate", copy_the_friend)
-    for name, metrics in toy.evaluate(None, tokenizer, count=50).items():
+    for name, metrics in toy.evaluate(SimpleNamespace(generation_config=None), tokenizer, count=50).items():
         test = stories(f"test {name} 0", LEVELS[name], 50)
         right = sum(s.friend == int(s.answer) for s in test)
         assert metrics == {"answer": (right, 50), "process": (0, 50), "lucky": (right, right)}
