@@ -1,4 +1,4 @@
-"""The reward's cap."""
+"""The reward's floor."""
 
 import math
 
@@ -7,7 +7,9 @@ from torch import Tensor
 
 from clipo import Pairs
 
-EXPLANATION: str | None = "b"
+PREDICTION: float | None = 0.9
+WEIGHT: float = 0.1
+EXPLANATION: str | None = "c"
 
 
 def contrastive_reward(loss: Tensor, pairs: Pairs, *, weight: float = 0.2, floor: float = -0.5) -> Tensor:

@@ -1,13 +1,20 @@
 """Nearly equal rewards."""
 
 import torch
+from torch import Tensor
 
-import clipo
+PREDICTION: float | None = 0.001
+SIZE: float = 1e-6
+EXPLANATION: str | None = "a"
 
-EXPLANATION: str | None = "b"
+
+def rewards(size: float) -> Tensor:
+    """(1, 16)."""
+    return 1 + size * torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
 
 
 def mean_size(size: float, scale_by_std: bool) -> float:
     """Mean |A| of 16 rewards 1 + size * noise."""
-    rewards = 1 + size * torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
-    return clipo.group_advantages(rewards, scale_by_std=scale_by_std).abs().mean().item()
+    R = rewards(size)
+    A = R - R.mean(-1, keepdim=True)
+    return (A / (R.std(-1, keepdim=True) + 1e-6) if scale_by_std else A).abs().mean().item()

@@ -1,5 +1,7 @@
 """Farming a lenient answer checker."""
 
+PREDICTION: float | None = 0.9
+CLAUSES: int = 4
 EXPLANATION: str | None = "b"
 
 
