@@ -1,6 +1,6 @@
 """Muon: steps of orthogonal matrices. The toy world's warm start learns with it; the method never does.
 
-It comes to the loss of AdamW in about half as many batches (docs/speed.md). torch.optim.Muon is the same in
+After as many batches its model is further than AdamW's (docs/speed.md). torch.optim.Muon is the same in
 bfloat16, which is slow on most CPUs and rounds off a tiny model's steps; here it is float32, all matrices of a shape
 at a time.
 
