@@ -549,12 +549,17 @@ def check_room(policy, longest_prompt: int, max_new_tokens: int) -> None:
         )
 
 
+def knows_the_stories(model: str | None) -> bool:
+    """Is it one of the toy world's own models? They have had their warm start. Raises UserError."""
+    return bool(model) and checkpoint.load_model(model, "cpu")[1].get_vocab() == toy.make_tokenizer().get_vocab()
+
+
 def open_run(
     settings: Settings, out: Path, device: torch.device, resume: bool, stop: StopAsked
 ) -> tuple[Trainer, ToyTask | DataTask]:
     """The trainer and its task, as they begin or as the last checkpoint left them. Raises UserError, OSError."""
     config = settings.config
-    if settings.data == "toy" and not resume:
+    if settings.data == "toy" and not resume and not knows_the_stories(settings.model):
         start = out.parent, settings.size, config.seed, settings.warm_start_batches, device
         settings.model = str(warm_started(*start, stop=stop, model=settings.model))
     policy, tokenizer = checkpoint.load_model(settings.model, device)

@@ -59,6 +59,13 @@ def toy_run(tmp_path_factory):
     return folder / "whole", done.stdout
 
 
+def test_a_model_of_the_toy_world_has_no_second_warm_start(toy_run, tmp_path):
+    done = run("--model", toy_run[0], "--data", "toy", *TINY_RUN, "--steps", 1, "--out", tmp_path / "runs" / "on")
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "runs").glob("warm-start*"))
+    assert json.loads((tmp_path / "runs" / "on" / "settings.json").read_text())["model"] == str(toy_run[0].resolve())
+
+
 def test_a_toy_run_leaves_everything_it_promises(toy_run):
     out, stdout = toy_run
     for level in toy.LEVELS:
