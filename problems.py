@@ -663,17 +663,25 @@ class Referee:
             return []
         with self.lock:
             if not CAN_FORK:
-                return [self.ask([pair], self.SECONDS) == [True] for pair in pairs]
+                return [self.ask_in_time(pair) for pair in pairs]
             if (verdicts := self.ask(pairs)) is None:
                 warnings.warn(f"the grading process ended; {len(pairs)} answers count as wrong", stacklevel=2)
             return verdicts or [False] * len(pairs)
 
-    def ask(self, pairs: Sequence[tuple[str, str]], seconds: float | None = None) -> list[bool] | None:
-        """The server's verdicts; None if it ended, or was ended for taking longer. The next call starts another."""
+    def ask_in_time(self, pair: tuple[str, str]) -> bool:
+        """The verdict on one pair, of a server that is ended if it takes longer than SECONDS."""
+        self.start()  # which takes time of its own
+        alarm = threading.Timer(self.SECONDS, self.stop)
+        alarm.start()
+        try:
+            return self.ask([pair]) == [True]
+        finally:
+            alarm.cancel()
+            alarm.join()  # if it rings at this moment, the server is gone before the next pair
+
+    def ask(self, pairs: Sequence[tuple[str, str]]) -> list[bool] | None:
+        """The server's verdicts; None if it ended. The next call starts another."""
         self.start()
-        alarm = threading.Timer(seconds or 0, self.stop)
-        if seconds:
-            alarm.start()
         try:
             self.server.stdin.write(json.dumps(pairs) + "\n")
             self.server.stdin.flush()
@@ -681,10 +689,6 @@ class Referee:
         except (OSError, ValueError):
             self.stop()
             return None
-        finally:
-            alarm.cancel()
-            if seconds:
-                alarm.join()  # if it rings at this moment, the server is gone before the next pair
 
     def stop(self) -> None:
         if self.server is not None:

@@ -308,13 +308,13 @@ class WarmStart:
         self.end = end_of_sequence_ids(model, tokenizer)[0]
         if pretrained:
             self.optimizers = {"adam": torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98))}
-            return
-        matrices = [p for p in model.base_model.layers.parameters() if p.ndim == 2]
-        others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-        self.optimizers = {
-            "muon": Muon(matrices, lr=5e-3),
-            "adam": torch.optim.AdamW(others, lr=6e-3, betas=(0.9, 0.98)),
-        }
+        else:
+            matrices = [p for p in model.base_model.layers.parameters() if p.ndim == 2]
+            others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+            self.optimizers = {
+                "muon": Muon(matrices, lr=5e-3),
+                "adam": torch.optim.AdamW(others, lr=6e-3, betas=(0.9, 0.98)),
+            }
 
     def batch(self) -> float:
         """The next batch; its mean loss per token of the responses. (The questions are given, not learnt.)"""

@@ -549,9 +549,9 @@ def check_room(policy, longest_prompt: int, max_new_tokens: int) -> None:
         )
 
 
-def knows_the_stories(model: str | None) -> bool:
-    """Is it one of the toy world's own models? They have had their warm start. Raises UserError."""
-    return bool(model) and checkpoint.load_model(model, "cpu")[1].get_vocab() == toy.make_tokenizer().get_vocab()
+def knows_the_stories(tokenizer) -> bool:
+    """Is it of one of the toy world's own models? They have had their warm start."""
+    return tokenizer is not None and tokenizer.get_vocab() == toy.make_tokenizer().get_vocab()
 
 
 def open_run(
@@ -559,10 +559,12 @@ def open_run(
 ) -> tuple[Trainer, ToyTask | DataTask]:
     """The trainer and its task, as they begin or as the last checkpoint left them. Raises UserError, OSError."""
     config = settings.config
-    if settings.data == "toy" and not resume and not knows_the_stories(settings.model):
+    policy, tokenizer = checkpoint.load_model(settings.model, device) if settings.model else (None, None)
+    if settings.data == "toy" and not resume and not knows_the_stories(tokenizer):
+        del policy  # another takes its place, and its memory
         start = out.parent, settings.size, config.seed, settings.warm_start_batches, device
         settings.model = str(warm_started(*start, stop=stop, model=settings.model))
-    policy, tokenizer = checkpoint.load_model(settings.model, device)
+        policy, tokenizer = checkpoint.load_model(settings.model, device)
     task = ToyTask(config) if settings.data == "toy" else DataTask(config, settings.data, tokenizer)
     check_room(policy, task.longest_prompt, config.max_new_tokens)
     config = fitting(policy, config, task.longest_prompt, config.in_bfloat16(device.type), device_bytes(device))

@@ -47,7 +47,10 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 of_shape.setdefault(p.shape, []).append(p)
             for shape, alike in of_shape.items():
-                means = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in alike]
+                for p in alike:
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                means = [self.state[p]["momentum_buffer"] for p in alike]
                 for p, mean in zip(alike, means, strict=True):
                     mean.lerp_(p.grad, 1 - group["momentum"])
                 ahead = [p.grad.lerp(mean, group["momentum"]) for p, mean in zip(alike, means, strict=True)]  # Nesterov

@@ -16,6 +16,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+from problems import status_of
+
 HERE = Path(__file__).parent
 TRACK1 = HERE.parent / "results" / "track1.json"
 
@@ -71,21 +73,17 @@ def page() -> str:
     return (HERE / "deck.html").read_text(encoding="utf-8").replace("<!-- SLIDES -->", sections)
 
 
+def write(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(page(), encoding="utf-8")
+    print(file)
+
+
 def main(arguments: list[str]) -> int:
     if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
         print(f"error: {' '.join(arguments)} given; expected one file to write, or nothing", file=sys.stderr)
         return 2
-    file = Path(arguments[0]) if arguments else HERE.parent / "runs" / "deck.html"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(page(), encoding="utf-8")
-    except OSError as reason:
-        print(
-            f"error: {file} cannot be written: {reason.strerror}; expected a file in a folder of yours", file=sys.stderr
-        )
-        return 2
-    print(file)
-    return 0
+    return status_of(lambda: write(Path(arguments[0]) if arguments else HERE.parent / "runs" / "deck.html"))
 
 
 if __name__ == "__main__":

@@ -17,18 +17,22 @@ from problems import UserError, status_of
 HERE = Path(__file__).parent
 
 
+def chromium() -> str | None:
+    """The browser of this machine, if there is one."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
 def take(file: Path) -> None:
     """Open the playground at its first preset and write what it shows. Raises UserError."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError as reason:
         raise UserError("playwright is missing, which opens the page; pip install playwright") from reason
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if not chromium:
+    if not (found := chromium()):
         raise UserError("no Chromium here, to open the page in; Debian: apt install chromium")
     file.parent.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        browser = p.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1280, "height": 600}, color_scheme="light")
         page.goto((HERE / "playground.html").as_uri())
         page.get_by_role("button", name="1 Agreement").click()

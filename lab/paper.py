@@ -60,8 +60,8 @@ class Arm:
         usual, usual_world = CLIPOConfig.for_track("toy"), toy.WORLD
         config = {name: value for name, value in config.items() if value != getattr(usual, name)}
         world = {name: value for name, value in self.world.items() if value != getattr(usual_world, name)}
-        few = {"batches": 100, "stories": 100} if self.size in PRETRAINED else {}
-        short = {"batches": 30, "stories": 30} if steps else few
+        fewer = 30 if steps else 100 if self.size in PRETRAINED else None
+        short = {"batches": fewer, "stories": fewer} if fewer else {}
         whole = {"twice": True, "levels": tuple(toy.LEVELS)} if self.is_of_track1 else {}
         return Run("train", seed, config, world, trainer=self.trainer, size=self.size, **short, **whole)
 
@@ -713,12 +713,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for option in ("seeds", "steps", "workers"):
         if (value := getattr(given, option)) is not None and value < 1:
             parser.error(f"--{option} is {value}; expected 1 or more")
+    if given.name == "smollm" and not given.draw and not PRETRAINED["smollm"].is_dir():
+        parser.error(f"{PRETRAINED['smollm']} is missing; expected a model there: python -m lab.smollm runs/smollm")
+    everything = [name for name in NAMES[:-1] if name not in APART or given.draw]
+    names = everything if given.name == "all" else [given.name]
     out = given.out or (ROOT / "runs" / "trial" if given.seeds or given.steps else ROOT / "results")
     out.mkdir(parents=True, exist_ok=True)
     try:
-        if given.name == "smollm" and not given.draw and not PRETRAINED["smollm"].is_dir():
-            parser.error(f"{PRETRAINED['smollm']} is missing; expected a model there: python -m lab.smollm runs/smollm")
-        for name in [n for n in NAMES[:-1] if n not in APART or given.draw] if given.name == "all" else [given.name]:
+        for name in names:
             print(out / f"{name}.md" if make_and_draw(name, out, given) else f"{name}: not run yet")
     except KeyboardInterrupt:
         print("stopped; what is finished stays, and the same command goes on", file=sys.stderr)
