@@ -1,7 +1,7 @@
 """Train a language model with CLIPO: GRPO and the contrastive reward.
 
     python train.py                                                    the toy world, GRPO and then CLIPO: minutes
-    python train.py --both --seed 1                                    the same from another warm start
+    python train.py --both --seed 17                                   the same from another warm start
     python train.py --weight 0                                         one run, without the contrastive reward: GRPO
     python train.py --paper                                            one run, with the paper's constants
     python train.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k    a real model (one GPU)
@@ -245,7 +245,7 @@ def default_out(settings: Settings) -> Path:
     config = settings.config
     kind = "-grpo" if config.weight == 0 else "-paper" if settings.paper else ""
     subject = "toy" if settings.model is None else f"{Path(settings.data).stem}-{Path(settings.model).name}"
-    seed = f"-seed{config.seed}" if config.seed else ""
+    seed = "" if config.seed == CLIPOConfig.for_track(settings.track).seed else f"-seed{config.seed}"
     return Path("runs") / f"{subject}{kind}{seed}"
 
 
@@ -508,9 +508,10 @@ def evaluated(models: dict, trainer: Trainer, out: Path, count: int) -> None:
 
 def try_next(settings: Settings, both: bool) -> None:
     """The commands that a reader of the table may want now."""
-    seed = f" --seed {settings.config.seed}" if settings.config.seed else ""
+    mine, usual = settings.config.seed, CLIPOConfig.for_track("toy").seed
+    seed = "" if mine == usual else f" --seed {mine}"
     commands = {
-        f"--both --seed {settings.config.seed + 1}": "both from another warm start",
+        f"--both --seed {mine + 1}": "both from another warm start",
         **({} if settings.paper else {f"--paper{seed}": "CLIPO with the paper's own constants"}),
     }
     if not both:

@@ -477,7 +477,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_costs_nothing_that_was_saved(small_disk, finished, capsys):
-    model = next(finished.parent.glob("warm-start-*"))
+    model = next(finished.parent.glob("warm-start-*[0-9]"))  # (not its lock)
     out = small_disk / "run"
     options = ["--model", str(model), "--data", "toy", "--save-every", "1", *TINY_RUN]
     assert train.main([*options, "--steps", "1", "--out", str(out)]) == 0
