@@ -90,12 +90,12 @@ class KVCache(Cache):
             shape = self.rows, keys.shape[1], self.slots
             self.layers.append(tuple(new.new_zeros(*shape, new.shape[3], dtype=dtype) for new in (keys, values)))
 
-    def copy(self, source: KVCache, origin: Tensor, first: int, slots: int) -> None:
-        """Put rows `origin`, (N,) long, of a cache (maybe this one) at rows first, first + 1, ... of this one."""
+    def copy(self, source: KVCache, origin: Tensor, target: Tensor | slice, slots: int) -> None:
+        """Put rows `origin`, (N,) long, of a cache (maybe this one) at rows `target` of this one."""
         for layer_idx, layer in enumerate(source.layers):
             self.allocate(layer_idx, *layer)
             for store, given in zip(self.layers[layer_idx], layer, strict=True):
-                store[first : first + len(origin), :, :slots] = given[origin, :, :slots]
+                store[target, :, :slots] = given[origin, :, :slots]
 
 
 def cached_attention(module, query, key, value, attention_mask, scaling=None, softcap=None, **_) -> tuple[Tensor, None]:
@@ -103,7 +103,8 @@ def cached_attention(module, query, key, value, attention_mask, scaling=None, so
 
     query (B, Hq, Q, head width), key and value (B, H, slots, head width), result (B, Q, Hq, head width). Hq / H
     query heads share one key/value head. For one new token they are simply Hq / H queries to it: a reshape, where
-    repeating keys and values for each would copy the whole cache (5 to 15 times slower on a CPU).
+    repeating keys and values for each would copy the whole cache (5 to 15 times slower on a CPU). Two plain products
+    then beat PyTorch's kernel on a CPU, which is made for blocks of queries.
     """
     batch, heads, queries, width = query.shape
     shared = heads // key.shape[1]
@@ -111,11 +112,13 @@ def cached_attention(module, query, key, value, attention_mask, scaling=None, so
         query = query.reshape(batch, -1, shared, width)  # (B, Hq, 1, width) -> (B, H, Hq / H, width)
     elif shared > 1:
         key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
-    if softcap is None:
+    if softcap is None and (queries > 1 or query.device.type != "cpu"):
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
     else:
-        scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scaling / softcap)) + attention_mask
-        mixed = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+        scores = query * (scaling or width**-0.5) @ key.transpose(2, 3)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        mixed = (scores + attention_mask).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
     return mixed.reshape(batch, heads, queries, width).transpose(1, 2).contiguous(), None
 
 
@@ -453,18 +456,25 @@ class Batch:
         return self.rows > 0
 
     def keep(self, working: Tensor) -> None:
-        """Move the given rows, (N,) long, to the front; the others are free."""
-        self.cache.copy(self.cache, working, first=0, slots=self.used)
+        """Bring the given rows, (N,) long and ascending, among the first N; the others are free.
+
+        Only those that stand further back are moved, to places among the first N that have become free.
+        """
         self.rows = len(working)
-        self.table[:, : self.rows] = self.table[:, working]
+        free = torch.ones_like(self.table[0, : self.rows], dtype=torch.bool)
+        free[working[working < self.rows]] = False
+        origin, target = working[working >= self.rows], free.nonzero()[:, 0]
+        self.cache.copy(self.cache, origin, target, slots=self.used)
+        self.table[:, target] = self.table[:, origin]
 
     def admit(self, new: Tensor, model) -> None:
         """Rows for the waiting rollouts `new`, (N,) long: each of their prompts goes through the model once."""
         prompts, origin, token, length = prompts_of(self.group[new], self.prompts)
         filled = KVCache(len(prompts), max(map(len, prompts)))
         prefill(model, prompts, filled)
-        self.cache.copy(filled, origin, first=self.rows, slots=filled.used)
-        self.table[:, self.rows : self.rows + len(new)] = torch.stack([new, 0 * new, token, length - 1])
+        free = slice(self.rows, self.rows + len(new))
+        self.cache.copy(filled, origin, free, slots=filled.used)
+        self.table[:, free] = torch.stack([new, 0 * new, token, length - 1])
         self.rows += len(new)
 
     def add_idle(self, rows: int) -> None:

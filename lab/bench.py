@@ -6,8 +6,8 @@
     python -m lab.bench --json bench.json --chart step.png
     pip install -r lab/requirements.txt          # first, for the table `trl`
 
-The models have random weights: speed does not depend on their values. Responses end at random, a third of the longest
-on average, because that is what rollouts do and what padding wastes.
+The models have random weights: speed does not depend on their values. Responses end at random, because that is what
+rollouts do and what padding wastes: *early*, after a third of the longest on average, or *late*, after two thirds.
 """
 
 from __future__ import annotations
@@ -27,20 +27,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import clipo
+import engine.rollouts
+import engine.update
 import problems
 from config import INFORMATIVE, CLIPOConfig, computes_in_bfloat16
 from engine.guard import Trainer
@@ -63,9 +66,10 @@ class Load:
     P: int
     G: int
     T: int
+    late: bool = False  # one token in T ends its response, not three
 
     def __str__(self):
-        return f"{self.size}, {self.P} x {self.G} rollouts, up to {self.T} tokens"
+        return f"{self.size}, {self.P} x {self.G} rollouts, up to {self.T} tokens{', late ends' * self.late}"
 
 
 @dataclass
@@ -175,8 +179,8 @@ def make_prompts(load: Load) -> list[list[int]]:
 
 
 def ending_ids(load: Load) -> list[int]:
-    """So many ids end a response that its mean length is about T / 3 under a nearly uniform policy."""
-    return list(range(1, 1 + max(1, round(3 * SIZES[load.size][0] / load.T))))
+    """So many ids end a response that its mean length is about T / 3, or 2 T / 3, under a nearly uniform policy."""
+    return list(range(1, 1 + max(1, round((1 if load.late else 3) * SIZES[load.size][0] / load.T))))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -235,14 +239,17 @@ def least_seconds(model, steps: int, position: Tensor, prompt_tokens: int, rates
     return max(flops / rates[0], traffic / rates[1])
 
 
-def rollouts_table(machine: Machine) -> list[dict]:
+def rollout_loads(machine: Machine) -> list[Load]:
     if machine.quick:
-        loads = [Load("1M", 2, 4, 16)]
-    elif machine.on_gpu:
-        loads = [Load(size, 16, 16, 512) for size in SIZES]
-    else:
-        loads = [Load("1M", 16, 16, 128), Load("34M", 16, 16, 128), Load("0.5B", 8, 8, 64)]
-    return [row for load in loads for row in rollouts_rows(machine, load)]
+        return [Load("1M", 2, 4, 16)]
+    if machine.on_gpu:
+        return [Load(size, 16, 16, 512) for size in SIZES]
+    shapes = ("1M", 16, 16), ("34M", 16, 16), ("0.5B", 4, 8)
+    return [Load(*shape, T, late) for shape in shapes for T, late in ((40, True), (128, False))]
+
+
+def rollouts_table(machine: Machine) -> list[dict]:
+    return [row for load in rollout_loads(machine) for row in rollouts_rows(machine, load)]
 
 
 PEERS = {  # transformers' ways: what `generate` is told; the last is none of `generate`'s
@@ -316,6 +323,106 @@ def times_faster(ours: list[float], theirs: list[float]) -> str:
     """Median and range over runs of the ratio of two speeds, run by run."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+# ----------------------------------------------------------------------------------------------------
+# What each trick of the engine brings
+# ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def attending_by(attention: Callable):
+    """Every pass with a cache attends by this function."""
+    AttentionInterface.register("clipo", attention)
+    try:
+        yield
+    finally:
+        AttentionInterface.register("clipo", engine.rollouts.cached_attention)
+
+
+def by_torch(module, query, key, value, attention_mask, scaling=None, **_):
+    """Decode steps by PyTorch's kernel, as for more than one query; keys and values are not repeated."""
+    heads = query.shape[1] if query.shape[2] > 1 else key.shape[1]
+    asked = query.reshape(len(query), heads, -1, query.shape[3])  # (B, Hq, Q, width) or (B, H, Hq / H, width)
+    key, value = (kv.repeat_interleave(heads // kv.shape[1], 1) for kv in (key, value))
+    mixed = F.scaled_dot_product_attention(asked, key, value, attn_mask=attention_mask, scale=scaling)
+    return mixed.reshape(query.shape).transpose(1, 2).contiguous(), None
+
+
+def repeating(module, query, key, value, attention_mask, **named):
+    """Keys and values are copied for every query head."""
+    key, value = (kv.repeat_interleave(query.shape[1] // kv.shape[1], 1) for kv in (key, value))
+    return engine.rollouts.cached_attention(module, query, key, value, attention_mask, **named)
+
+
+def own_prompts(group: Tensor, prompts: Sequence[Sequence[int]]):
+    """In place of `prompts_of`: every rollout has its prompt computed for itself."""
+    prompts = [prompts[g] for g in group.tolist()]
+    last, length = group.new_tensor([p[-1] for p in prompts]), group.new_tensor([len(p) for p in prompts])
+    return prompts, torch.arange(len(group), device=group.device), last, length
+
+
+def drop_at(machine: Machine, share: float):
+    """Ended rows are dropped once at most this share of all still works."""
+    kind = machine.device.type
+    return mock.patch.dict(
+        engine.rollouts.PACE, {kind: engine.rollouts.PACE[kind]._replace(while_waiting=share, in_the_tail=share)}
+    )
+
+
+def replaced(module, name: str, by: Callable):
+    return lambda _: mock.patch.object(module, name, by, create=True)  # (`sorted` is no name of the module's own)
+
+
+IN_ROLLOUTS = {  # a trick of engine/rollouts.py, and how to leave it out
+    "ended rows are dropped": lambda machine: drop_at(machine, 0.0),
+    "... a tenth of all at a time": lambda machine: drop_at(machine, 0.999),
+    "two plain products for one query (CPU)": lambda _: attending_by(by_torch),
+    "no keys are repeated for grouped heads": lambda _: attending_by(repeating),
+    "a large weight comes first (CPU)": replaced(engine.rollouts, "weight_first", nn.Linear.forward),
+    "a prompt is computed once for its rollouts": replaced(engine.rollouts, "prompts_of", own_prompts),
+}
+IN_UPDATE = {  # the same of engine/update.py
+    "a prompt is computed once for its rollouts": replaced(engine.update, "prompts_of", own_prompts),
+    "rollouts of like length go together": replaced(engine.update, "sorted", lambda rows, key: rows),
+}
+
+
+def tricks_table(machine: Machine) -> list[dict]:
+    """How many times as long rollouts, or the update, take without each trick of the engine, on every load."""
+    rows = {(phase, trick): {"phase": phase, "without": trick}
+            for phase, tricks in (("rollouts", IN_ROLLOUTS), ("update", IN_UPDATE)) for trick in tricks}  # fmt: skip
+    for load in rollout_loads(machine):
+        for (phase, trick), ratio in tricks_of(machine, load).items():
+            rows[phase, trick][str(load)] = ratio
+    return list(rows.values())
+
+
+def tricks_of(machine: Machine, load: Load) -> dict[tuple[str, str], str]:
+    """One load's column of it, by phase and trick."""
+    trainer, prompts, given = make_trainer(machine, load, [1]), make_prompts(load), some_rollouts(machine, load)
+    advantage, found = torch.randn(given.mask.shape[:2], device=machine.device), {}
+
+    def roll_out(run: int) -> None:
+        generate(
+            trainer.policy, prompts, samples_per_prompt=load.G, max_new_tokens=load.T, eos_token_id=ending_ids(load),
+            generator=torch.Generator().manual_seed(run + 1),
+        )  # fmt: skip
+
+    def learn(_: int) -> None:
+        trainer.update(prompts, given, advantage)
+
+    def leaving_out(off: Callable, work: Callable[[int], None]) -> Callable[[int], None]:
+        def run(number: int) -> None:
+            with off(machine):
+                work(number)
+
+        return run
+
+    for phase, work, tricks in (("rollouts", roll_out, IN_ROLLOUTS), ("update", learn, IN_UPDATE)):
+        times = compare(machine, {"all": work, **{trick: leaving_out(off, work) for trick, off in tricks.items()}})
+        found |= {(phase, trick): times_faster(times[trick], times["all"]) for trick in tricks}
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -849,6 +956,7 @@ def grading_table(machine: Machine) -> list[dict]:
 
 TABLES: dict[str, Callable[[Machine], list[dict]]] = {
     "rollouts": rollouts_table,
+    "tricks": tricks_table,
     "trl": trl_table,
     "step": step_table,
     "update": update_table,

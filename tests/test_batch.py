@@ -77,11 +77,26 @@ def test_the_cache_copies_rows_within_itself():
         cache.begin(torch.arange(3)[None], used=3)
         cache.update(torch.randn(4, 2, 3, 6), torch.randn(4, 2, 3, 6), 0)
     keys = source.layers[0][0].clone()
-    target.copy(source, torch.tensor([3, 3, 1]), first=1, slots=3)
+    target.copy(source, torch.tensor([3, 3, 1]), slice(1, 4), slots=3)
     assert torch.equal(target.layers[0][0][1:, :, :3], keys[[3, 3, 1]])
-    source.copy(source, torch.tensor([1, 2]), first=0, slots=2)  # read and written places overlap
+    source.copy(source, torch.tensor([1, 2]), torch.tensor([0, 1]), slots=2)  # read and written places overlap
     assert torch.equal(source.layers[0][0][:2, :, :2], keys[[1, 2], :, :2])
     assert torch.equal(source.layers[0][0][:, :, 2], keys[:, :, 2])
+
+
+@pytest.mark.parametrize(
+    "working, now", [([0, 2, 5, 6], [0, 5, 2, 6]), ([4, 5], [4, 5]), ([0, 1], [0, 1]), ([], []), ([1, 6], [6, 1])]
+)
+def test_rows_that_go_on_close_ranks(working, now):
+    """Only those from further back are moved, to places of ended ones."""
+    batch = fast.Batch([[5]], torch.zeros(7, dtype=torch.long), 7, 2, fast.PACE["cpu"])
+    batch.cache.begin(torch.arange(2)[None], used=2)
+    batch.cache.update(*torch.randn(2, 7, 2, 2, 6), 0)
+    batch.table, batch.rows, batch.used = torch.arange(28).view(4, 7), 7, 2
+    table, keys = batch.table.clone(), batch.cache.layers[0][0].clone()
+    batch.keep(torch.tensor(working, dtype=torch.long))
+    assert batch.rows == len(now) and batch.next(batch.rows).equal(table[:, now])
+    assert batch.cache.layers[0][0][: len(now)].equal(keys[now])
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
