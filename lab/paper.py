@@ -105,7 +105,7 @@ SMALL = {  # a model of 27M parameters
 }
 LAPTOP = {  # what a pretrained model of 135M can do on two cores in hours: a gentler update of fewer, longer responses
     "lr": 1e-5, "steps": 40, "prompts_per_step": 4, "mini_batch_prompts": 4, "samples_per_prompt": 8,
-    "max_new_tokens": 48,
+    "max_new_tokens": 48, "compute_dtype": "auto",
 }  # fmt: skip
 SMOLLM = {
     "GRPO": Arm(WITHOUT | LAPTOP, None, size="smollm"),
@@ -653,11 +653,11 @@ def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps:
 
 
 def make_tsne(out: Path, runs: Path) -> None:
-    """Train GRPO and CLIPO on seed 1 with train.py, as a reader would; embed and draw rollouts of both."""
+    """Train GRPO and CLIPO with train.py, as a reader would; embed and draw rollouts of both."""
     for name, options in (("GRPO", ["--weight", "0"]), ("CLIPO", [])):
         if not (runs / name / "head.safetensors").exists():
             shutil.rmtree(runs / name, ignore_errors=True)
-            command = ["train.py", "--seed", "1", *options, "--out", str(runs / name), "--device", "cpu"]
+            command = ["train.py", *options, "--out", str(runs / name), "--device", "cpu"]
             if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
                 raise RuntimeError(f"{shlex.join(command)} did not end well; what it said stands above")
     embed_and_draw(str(runs / "GRPO"), str(runs / "CLIPO"), "--out", str(out), "--device", "cpu")
@@ -672,7 +672,8 @@ def embed_and_draw(*arguments: str) -> None:
 def tabulate_tsne(out: Path) -> None:
     """The numbers that go with each panel."""
     found = tsne.load_points(out / "tsne.npz")
-    about = "`python -m lab.paper tsne`; seed 1; silhouette and purity as tsne.py defines them."
+    seed = CLIPOConfig.for_track("toy").seed
+    about = f"`python -m lab.paper tsne`; seed {seed}; silhouette and purity as tsne.py defines them."
     table = markdown(tsne.scores(found))
     (out / "tsne.md").write_text(f"# t-SNE: what its panels are worth\n\n{about}\n\n{table}\n", encoding="utf-8")
 
