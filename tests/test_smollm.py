@@ -88,19 +88,19 @@ def test_a_run_on_stories_its_resumption_evaluation_and_pictures(folder, tmp_pat
     done = run(*options, "--steps", 2)
     assert done.returncode == 0, done.stderr
     assert "a sound response may have " in done.stdout and "--max-new-tokens 12 cuts it off" in done.stdout
-    assert (tmp_path / "runs" / "warm-start-smollm-seed0-2" / "model.safetensors").is_file()
+    assert (tmp_path / "runs" / "warm-start-smollm-seed16-2" / "model.safetensors").is_file()
     done = run("--resume", "--steps", 3, "--test-stories", 2, "--out", out)
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in lines(out / "metrics.jsonl")] == [1, 2, 3]
     assert all(row["process"] is not None for row in lines(out / "metrics.jsonl"))
     assert set(json.loads((out / "evaluation.json").read_text())) == {"start", "trained"}
     question = lines(out / "rollouts.jsonl")[0]["question"]
-    assert " says " in question and (out / "report.html").stat().st_size > 50_000
+    assert " says " in question and question in (out / "report.html").read_text(encoding="utf-8")
 
     assert evaluation.main([str(out), "--limit", "1", "--max-new-tokens", "8", "--device", "cpu"]) == 0
     assert (
         tsne.main([str(out), "--questions", "2", "--samples", "8", "--max-new-tokens", "8", "--perplexity", "4"]) == 0
     )
     assert (out / "tsne.png").is_file()
-    start, end = (load_file(f / "model.safetensors") for f in (tmp_path / "runs" / "warm-start-smollm-seed0-2", out))
+    start, end = (load_file(f / "model.safetensors") for f in (tmp_path / "runs" / "warm-start-smollm-seed16-2", out))
     assert any(not torch.equal(start[name], end[name]) for name in start)
