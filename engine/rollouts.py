@@ -443,7 +443,7 @@ class Batch:
 
         The host waits for the device here, and nowhere else.
         """
-        working = (self.table[0, : self.rows] != self.spare).nonzero()[:, 0]
+        working = [row for row, rollout in enumerate(self.table[0, : self.rows].tolist()) if rollout != self.spare]
         share = self.pace.while_waiting if len(self.waiting) else self.pace.in_the_tail
         if len(working) > share * self.rows:
             return True
@@ -455,17 +455,17 @@ class Batch:
             self.add_idle(min(2 ** math.ceil(math.log2(self.rows)), self.cache.rows))
         return self.rows > 0
 
-    def keep(self, working: Tensor) -> None:
-        """Bring the given rows, (N,) long and ascending, among the first N; the others are free.
+    def keep(self, working: Sequence[int]) -> None:
+        """Bring these N rows among the first N; the others are free.
 
-        Only those that stand further back are moved, to places among the first N that have become free.
+        Only those that stand further back are moved, to places in front that have become free.
         """
         self.rows = len(working)
-        free = torch.ones_like(self.table[0, : self.rows], dtype=torch.bool)
-        free[working[working < self.rows]] = False
-        origin, target = working[working >= self.rows], free.nonzero()[:, 0]
-        self.cache.copy(self.cache, origin, target, slots=self.used)
-        self.table[:, target] = self.table[:, origin]
+        late, free = [row for row in working if row >= self.rows], sorted({*range(self.rows)} - {*working})
+        if late:
+            origin, target = (torch.tensor(rows, device=self.table.device) for rows in (late, free))
+            self.cache.copy(self.cache, origin, target, slots=self.used)
+            self.table[:, target] = self.table[:, origin]
 
     def admit(self, new: Tensor, model) -> None:
         """Rows for the waiting rollouts `new`, (N,) long: each of their prompts goes through the model once."""

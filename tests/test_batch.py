@@ -94,7 +94,7 @@ def test_rows_that_go_on_close_ranks(working, now):
     batch.cache.update(*torch.randn(2, 7, 2, 2, 6), 0)
     batch.table, batch.rows, batch.used = torch.arange(28).view(4, 7), 7, 2
     table, keys = batch.table.clone(), batch.cache.layers[0][0].clone()
-    batch.keep(torch.tensor(working, dtype=torch.long))
+    batch.keep(working)
     assert batch.rows == len(now) and batch.next(batch.rows).equal(table[:, now])
     assert batch.cache.layers[0][0][: len(now)].equal(keys[now])
 

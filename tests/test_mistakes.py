@@ -364,6 +364,8 @@ PICTURES = [
     ("model --data empty.jsonl", "empty.jsonl holds no rows; expected at least one problem"),
     ("bad-run", "bad-run/settings.json cannot be read (...); expected what train.py wrote"),
     ("model --data good.jsonl --perplexity nan", "--perplexity is nan; expected 1 or more"),
+    ("/nowhere --data toy", f"model /nowhere could not be opened: ... {SAVED}"),
+    ("model --questions 0", "--questions is 0; expected 1 or more"),
     ("model --questions 3 --samples 3", "9 rollouts are too few for a picture; expected 10 or more"),
     ("no-eos --data good.jsonl", "model no-eos: neither model nor tokenizer has an end-of-sequence token; ..."),
     ("untyped-run", "untyped-run/settings.json cannot be used (steps is 'ten'; expected int); expected what ..."),

@@ -83,17 +83,3 @@ def test_pictures_of_a_real_run_and_the_same_again_without_a_model(tmp_path):
     for name in ("tsne.png", "tsne-questions.png"):
         picture = (tmp_path / "a" / name).read_bytes()
         assert picture.startswith(b"\x89PNG") and picture == (tmp_path / "b" / name).read_bytes()
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ([], "expected either runs (or models) or --redraw"),
-        (["/nowhere", "--data", "toy"], "model /nowhere could not be opened"),
-        (["--redraw", "/nowhere.npz"], "/nowhere.npz cannot be read; expected a tsne.npz"),
-        (["/nowhere", "--questions", "0"], "--questions is 0; expected 1 or more"),
-    ],
-)
-def test_mistakes_get_one_line(arguments, message):
-    done = command("tsne.py", *arguments)
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
