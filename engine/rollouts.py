@@ -367,8 +367,8 @@ class Pace(NamedTuple):
 
 
 # On a CPU looking is free. Never dropping takes 1.6 to 2.9 times as long as at 0.9 (1M, 34M and 0.5B models, ragged
-# lengths; measured when all rows that stay were copied, too). On a GPU the host waits for every look, and every number of rows or
-# of used slots is one more graph to capture; its numbers are a choice, not a measurement.
+# lengths; measured when all rows that stay were copied, too). On a GPU the host waits for every look, and every number
+# of rows or of used slots is one more graph to capture; its numbers are a choice, not a measurement.
 PACE = {
     "cpu": Pace(steps=1, bucket=1, while_waiting=0.9, in_the_tail=0.9),
     "cuda": Pace(steps=16, bucket=256, while_waiting=0.9, in_the_tail=0.5, by_halves=True),
