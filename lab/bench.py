@@ -48,7 +48,7 @@ import problems
 from config import INFORMATIVE, CLIPOConfig, computes_in_bfloat16
 from engine.guard import Trainer
 from engine.memory import MODELS, fitting, memory_plan, peak_bytes, qwen_config
-from engine.rollouts import Batch, CapturedSteps, generate
+from engine.rollouts import Batch, CapturedSteps, generate, prompts_of
 
 # name: vocabulary, width, feed-forward, layers, heads, key/value heads. The last three are Qwen2.5's.
 SIZES = {
@@ -357,9 +357,7 @@ def repeating(module, query, key, value, attention_mask, **named):
 
 def own_prompts(group: Tensor, prompts: Sequence[Sequence[int]]):
     """In place of `prompts_of`: every rollout has its prompt computed for itself."""
-    prompts = [prompts[g] for g in group.tolist()]
-    last, length = group.new_tensor([p[-1] for p in prompts]), group.new_tensor([len(p) for p in prompts])
-    return prompts, torch.arange(len(group), device=group.device), last, length
+    return prompts_of(torch.arange(len(group), device=group.device), [prompts[g] for g in group.tolist()])
 
 
 def drop_at(machine: Machine, share: float):
