@@ -144,6 +144,8 @@ def train(given: argparse.Namespace) -> None:
         settings = {"model": given.model, "data": given.data, "config": dataclasses.asdict(config)}
         settings["command"] = shlex.join(["python", "-m", "lab.trl_train", *sys.argv[1:]])
         checkpoint.write_text(given.out / "settings.json", json.dumps(settings, indent=1))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # a process that ends while its group's threads run may die of it (SIGABRT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

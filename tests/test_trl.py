@@ -149,12 +149,23 @@ def guesser(tmp_path_factory):
     return folder, data
 
 
+NO_GROUP_LEFT = """
+import sys, torch.distributed
+from lab import trl_train
+status = trl_train.main()
+sys.exit(status or 7 * torch.distributed.is_initialized())  # its threads may abort a process that ends beside them
+"""
+
+
 def launch(processes, out, guesser, *more):
     folder, data = guesser
+    program = ["-m", "lab.trl_train"]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", processes]
     if processes > 1:
         command += ["--multi_gpu", "--main_process_port", 0]  # its way to start several, on CPUs too
-    command += ["-m", "lab.trl_train", "--model", folder, "--data", data, "--out", out, *SETTINGS]
+        program = [out.with_suffix(".py")]
+        program[0].write_text(NO_GROUP_LEFT)
+    command += [*program, "--model", folder, "--data", data, "--out", out, *SETTINGS]
     command += [f"per_device_train_batch_size={24 // processes}", *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environment)
