@@ -173,6 +173,8 @@ def is_sound(story: Story, response: str) -> bool:
 class Demonstrator:
     """Writes the imperfect demonstrations that a model is warm-started on; what it gets wrong follows from the seed."""
 
+    suffix = ""  # of its questions
+
     def __init__(self, seed: int, world: World = WORLD):
         self.world, self.rng = world, random.Random(f"demonstrations {seed}")
         self.wrong_by: dict[tuple[int, str, int], int] = {}  # mis-taught sum -> by how much
@@ -286,7 +288,7 @@ def make_model(size: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen
 
 
 class WarmStart:
-    """Supervised training on demonstrations, in place: lr up over a tenth of the batches, then down to 0.
+    """Supervised training on pairs of a `demonstrator`, in place: lr up over a tenth of the batches, then down to 0.
 
     Muon for the layers' matrices, AdamW for the rest; a pretrained model is moved gently, by AdamW alone. `state` and
     `go_on_from` let it stop and go on, to the same bits.
@@ -296,15 +298,14 @@ class WarmStart:
         self,
         model,
         tokenizer,
-        seed: int,
+        demonstrator: Demonstrator,
         *,
-        world: World = WORLD,
         batches: int = 600,
         batch_size: int = 32,
         pretrained: bool = False,
     ):
         self.model, self.tokenizer, self.batches, self.batch_size = model.train(), tokenizer, batches, batch_size
-        self.demonstrator, self.done = Demonstrator(seed, world), 0
+        self.demonstrator, self.done = demonstrator, 0
         self.end = end_of_sequence_ids(model, tokenizer)[0]
         if pretrained:
             self.optimizers = {"adam": torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98))}
@@ -321,7 +322,7 @@ class WarmStart:
         tokenizer, device = self.tokenizer, self.model.device
         budget = 1024 if device.type == "cpu" else 2**20  # tokens at once: what a core's cache holds; on a GPU all
         demonstrations = [self.demonstrator.pair() for _ in range(self.batch_size)]
-        questions = [prompt_ids(tokenizer, question, suffix="") for question, _ in demonstrations]
+        questions = [prompt_ids(tokenizer, question, self.demonstrator.suffix) for question, _ in demonstrations]
         responses = [tokenizer(text, add_special_tokens=False)["input_ids"] for _, text in demonstrations]
         sequences = [[*q, *r, self.end] for q, r in zip(questions, responses, strict=True)]
         learnt = sum(map(len, sequences)) - sum(map(len, questions))
@@ -361,7 +362,7 @@ class WarmStart:
         return {"done": torch.tensor(self.done), **weights, **moments}
 
     def go_on_from(self, state: dict[str, Tensor]) -> None:
-        """Into a fresh warm start of the same seed. Raises KeyError for the state of something else."""
+        """Into a fresh warm start with the same demonstrator. Raises KeyError for the state of something else."""
         self.done = int(state["done"])
         with torch.no_grad():
             for name, p in self.model.named_parameters():
@@ -378,9 +379,17 @@ class WarmStart:
             self.demonstrator.pair()
 
 
-def warm_start(model, tokenizer, seed: int, *, on_batch: Callable[[float], None] = lambda loss: None, **chosen) -> None:
-    """A whole `WarmStart`; the model is in evaluation mode afterwards."""
-    training = WarmStart(model, tokenizer, seed, **chosen)
+def warm_start(
+    model,
+    tokenizer,
+    seed: int,
+    *,
+    world: World = WORLD,
+    on_batch: Callable[[float], None] = lambda loss: None,
+    **chosen,
+) -> None:
+    """A whole `WarmStart` on stories; the model is in evaluation mode afterwards."""
+    training = WarmStart(model, tokenizer, Demonstrator(seed, world), **chosen)
     while training.done < training.batches:
         on_batch(training.batch())
     model.eval()

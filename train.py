@@ -311,47 +311,42 @@ def warm_started(
     runs.mkdir(parents=True, exist_ok=True)
     with checkpoint.only_one(Path(f"{folder}.lock"), wait=f"{folder} is being made by another process: waiting for it"):
         if not folder.is_dir():
-            make_warm_start(folder, size, seed, batches, device, world, stop, model)
+            demonstrator = toy.Demonstrator(seed, world)
+            if model:
+                opened = checkpoint.load_model(model, device)
+                training = toy.WarmStart(*opened, demonstrator, batches=batches, batch_size=8, pretrained=True)
+            else:
+                tokenizer = toy.make_tokenizer()
+                fresh = toy.make_model(size, tokenizer, seed).to(device)
+                training = toy.WarmStart(fresh, tokenizer, demonstrator, batches=batches)
+            make_warm_start(folder, training, stop)
     return folder.resolve()
 
 
-SECONDS_AT_RISK = 20  # of a warm start, at most, when a plug is pulled
+SECONDS_AT_RISK = 20  # of a warm start, when a plug is pulled; more where saving takes over a twentieth of the time
 
 
-def make_warm_start(
-    folder: Path,
-    size: str,
-    seed: int,
-    batches: int,
-    device: torch.device,
-    world: toy.World,
-    stop: StopAsked | None,
-    pretrained: str | None,
-) -> None:
+def make_warm_start(folder: Path, training: toy.WarmStart, stop: StopAsked | None) -> None:
     """Train it, or go on where that was stopped. Raises KeyboardInterrupt, saved, if `stop` was asked."""
-    if pretrained:
-        model, tokenizer = checkpoint.load_model(pretrained, device)
-        options = {"batch_size": 8, "pretrained": True}
-    else:
-        tokenizer, options = toy.make_tokenizer(), {}
-        model = toy.make_model(size, tokenizer, seed).to(device)
-    training = toy.WarmStart(model, tokenizer, seed, world=world, batches=batches, **options)
+    model, batches, device = training.model, training.batches, training.model.device
     part = Path(f"{folder}.part.safetensors")
     try:
         if part.exists():
             training.go_on_from(load_file(part, device=str(device)))
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as reason:
         raise UserError(f"{part} cannot be used ({reason}); delete it, and the warm start begins anew") from reason
-    parameters, saved = sum(p.numel() for p in model.parameters()), time.monotonic()
+    parameters, saved, took = sum(p.numel() for p in model.parameters()), time.monotonic(), 0.0
     title = f"warm start ({parameters / 1e6:.2f}M parameters)"
     with tqdm(total=batches, initial=training.done, desc=title) as bar, finishing(stop, "batch"):
         while training.done < batches:
             bar.set_postfix(loss=f"{training.batch():.2f}", refresh=False)
             bar.update()
             asked = stop is not None and stop.asked
-            if asked or time.monotonic() - saved > SECONDS_AT_RISK:
+            if asked or time.monotonic() - saved > max(SECONDS_AT_RISK, 20 * took):
+                begin = time.monotonic()
                 checkpoint.write_tensors(part, training.state())
                 saved = time.monotonic()
+                took = saved - begin
             if asked:
                 raise KeyboardInterrupt(
                     f"stopped in the warm start, after batch {training.done} of {batches}; it is kept, and the same "
@@ -359,7 +354,7 @@ def make_warm_start(
                 )
     aside = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
     model.eval().save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
+    training.tokenizer.save_pretrained(aside)
     aside.rename(folder)
     part.unlink(missing_ok=True)
 

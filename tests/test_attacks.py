@@ -57,7 +57,9 @@ def test_a_warm_start_that_was_stopped_goes_on_to_the_same_bits():
     tokenizer = toy.make_tokenizer()
 
     def fresh():
-        return toy.WarmStart(toy.make_model("tiny", tokenizer, 0), tokenizer, 0, batches=9, batch_size=8)
+        return toy.WarmStart(
+            toy.make_model("tiny", tokenizer, 0), tokenizer, toy.Demonstrator(0), batches=9, batch_size=8
+        )
 
     whole, first, second = fresh(), fresh(), fresh()
     losses = [whole.batch() for _ in range(9)]
