@@ -37,7 +37,7 @@ import eval as evaluation
 import train
 from engine.rollouts import generate
 from engine.update import response_logprobs
-from lab import bench
+from lab import bench, gsm8k
 from lab.bench import Load, Machine
 from problems import OptionParser, UserError, status_of
 
@@ -165,6 +165,12 @@ def against_trl(machine: Machine, load: Load) -> list[dict]:
     return rows
 
 
+def first_track(machine: Machine) -> list[dict]:
+    if machine.quick:
+        raise RuntimeError("it wants a pretrained model; tests/test_gsm8k.py tries it with a small one")
+    return gsm8k.go_on(gsm8k.parser().parse_args(["--minutes", str(MINUTES)]))
+
+
 def memory(machine: Machine, load: Load) -> list[dict]:
     return [bench.memory_row(machine, load, prompt=32 if machine.quick else 512)]
 
@@ -207,6 +213,7 @@ PIECES = {
     },
     "waits": Piece("where the host waits for the GPU", 0.3, bench.waits_table),
     "profile": Piece("a decode step: plain, replayed, kernels, floor", 1, bench.decode_table, DECODED, tried=False),
+    "gsm8k": Piece("the paper's first track at 135M, by chunks", 45, first_track, tried=False),
 }
 
 GOALS = {  # by the side that a row is about
