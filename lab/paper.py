@@ -60,8 +60,7 @@ class Arm:
         usual, usual_world = CLIPOConfig.for_track("toy"), toy.WORLD
         config = {name: value for name, value in config.items() if value != getattr(usual, name)}
         world = {name: value for name, value in self.world.items() if value != getattr(usual_world, name)}
-        fewer = 30 if steps else 100 if self.size in PRETRAINED else None
-        short = {"batches": fewer, "stories": fewer} if fewer else {}
+        short = {"batches": 30, "stories": 30} if steps else SHORTER.get(self.size, {})
         whole = {"twice": True, "levels": tuple(toy.LEVELS)} if self.is_of_track1 else {}
         return Run("train", seed, config, world, trainer=self.trainer, size=self.size, **short, **whole)
 
@@ -97,11 +96,15 @@ REFEREE = ENDS | {
     "agreement of texts: similarity": Arm(trainer="similar text"),
     "agreement in the frozen start": Arm(trainer="frozen start"),
 }
-SMALL = {  # a model of 27M parameters
-    "GRPO": Arm(WITHOUT, None, size="small"),
-    "paper's constants": Arm(PAPER, size="small"),
-    "CLIPO": Arm(size="small"),
-    "oracle": Arm(WITHOUT, trainer="oracle", size="small"),
+SHORTER = {  # warm start (in batches) and evaluation of models that take hours
+    "small": {"batches": 300},
+    "smollm": {"batches": 100, "stories": 100},
+}
+SMALL = {  # a model of 27M parameters; matrix products in bfloat16 where the CPU computes in it
+    "GRPO": Arm(WITHOUT | {"compute_dtype": "auto"}, None, size="small"),
+    "paper's constants": Arm(PAPER | {"compute_dtype": "auto"}, size="small"),
+    "CLIPO": Arm({"compute_dtype": "auto"}, size="small"),
+    "oracle": Arm(WITHOUT | {"compute_dtype": "auto"}, trainer="oracle", size="small"),
 }
 LAPTOP = {  # what a pretrained model of 135M can do on two cores in hours: a gentler update of fewer, longer responses
     "lr": 1e-5, "steps": 40, "prompts_per_step": 4, "mini_batch_prompts": 4, "samples_per_prompt": 8,
