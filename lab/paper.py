@@ -23,6 +23,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -485,14 +486,15 @@ def save(figure, file: Path) -> None:
     plot().close(figure)
 
 
-def mechanism_figure(lines: Lines, file: Path) -> None:
-    """What the reward pays for soundness: over training, by the sound share, and what stands on the floor."""
+def mechanism_figure(lines: Lines, file: Path, few: int = 20) -> None:
+    """What the reward pays for soundness: over training, by the sound share (of no fewer than `few` groups: the mean of
+    fewer says little), and what stands on the floor."""
     figure, axes = plot().subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     for arm in [a for a in MECHANISM if a not in ENDS]:
         axes[0].plot(*curve(lines[arm], "gap"), **line_of(arm))
         axes[2].plot(*curve(lines[arm], "on_floor"), **line_of(arm))
         bins = np.sum([line["gap_by_share"] for line in lines[arm]], axis=0)  # (SHARES, 2)
-        some = bins[:, 0] >= 20  # groups; the mean of fewer says little
+        some = bins[:, 0] >= few
         middles = (np.arange(SHARES)[some] + 0.5) / SHARES
         axes[1].plot(middles, bins[some, 1] / bins[some, 0], marker=LOOKS[arm]["marker"], **line_of(arm))
     unit = "paid to sound minus unsound,\nin standard deviations of the group's reward"
@@ -598,7 +600,9 @@ EXPERIMENTS = {  # the most important first: `all` may be stopped
     "groupsize": Experiment("Group size at equal rollouts per step", GROUP_SIZE, 1),
     "precision": Experiment("Matrix products in bfloat16, weights and optimiser in float32", PRECISION, 1),
     "small": Experiment("A model of 27M parameters", SMALL, 1),
-    "smollm": Experiment("A pretrained model: SmolLM2-135M-Instruct", SMOLLM, 1),
+    "smollm": Experiment(
+        "A pretrained model: SmolLM2-135M-Instruct, on 100 stories", SMOLLM, 1, partial(mechanism_figure, few=10)
+    ),
 }
 NAMES = [*EXPERIMENTS, "tsne", "all"]
 APART = {"smollm"}  # not of `all`: it wants a model that is not made here
@@ -635,10 +639,10 @@ def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps:
         return False
     expected, arms = len(seeds_of(experiment, seeds)), experiment.arms
     missing = [f"{arm} ({len(part)} of {expected} seeds)" for arm, part in lines.items() if len(part) < expected]
-    if not any(arm.world or arm.size != "tiny" for arm in arms.values()):
-        starts = [CLIPO.run(seed, steps).start.key for seed in seeds_of(experiment, seeds)]
+    starts = [{arm.run(seed, steps).start.key for arm in arms.values()} for seed in seeds_of(experiment, seeds)]
+    if all(len(keys) == 1 for keys in starts):  # all arms of a seed begin with the same model
         arms = {"warm start": Arm(against=None), **arms}
-        lines["warm start"] = [known[key] for key in starts if key in known]
+        lines["warm start"] = [known[key] for (key,) in starts if key in known]
     parts = [f"# {experiment.title}", provenance(name, list(used)), comparison(arms, lines)]
     if missing:
         parts.append(f"Not complete yet: {', '.join(missing)}.")
