@@ -89,6 +89,8 @@ def options(settings: dict) -> list[str]:
 def all_parts(given: argparse.Namespace) -> None:
     """Do what is not done yet. Raises KeyboardInterrupt where a part was stopped, UserError where it failed."""
     start, device = given.out / "start", checkpoint.device_from(given.device)
+    for test in given.test:  # what is wrong there is said now, not after hours
+        evaluation.load_benchmark(test, 1)
     given.out.mkdir(parents=True, exist_ok=True)
     if not start.is_dir():
         training = toy.WarmStart(
@@ -165,7 +167,11 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    given = parser().parse_args(arguments)
+    known = parser()
+    given = known.parse_args(arguments)
+    for name in ("minutes", "batches"):
+        if not 0 < (value := getattr(given, name)) < 10**6:
+            known.error(f"--{name} is {value}; expected a number above 0")
     try:
         return status_of(lambda: print("\ngreedy answers right, in percent\n", markdown(go_on(given)), sep="\n"))
     except (TimeOver, KeyboardInterrupt) as stopped:

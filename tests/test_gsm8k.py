@@ -93,7 +93,29 @@ def test_the_start_learns_the_boxed_solutions(place):
 )
 def test_rows_without_worked_solutions_are_refused(place, tmp_path, capsys, rows, expected):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = ["--model", place, "--train", tmp_path / "rows.jsonl", "--out", tmp_path / "out"]
+    given = ["--model", place, "--train", tmp_path / "rows.jsonl", "--test", place / "rows.jsonl"]
+    given += ["--out", tmp_path / "out"]
     status = gsm8k.main(list(map(str, given)))
     said = capsys.readouterr().err
     assert status == 2 and expected in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        (["--test", "nowhere.jsonl"], "error: nowhere.jsonl is no file"),
+        (["--train", "nowhere.jsonl"], "error: nowhere.jsonl is no file"),
+        (["--model", "/nowhere"], "error: model /nowhere could not be opened"),
+        (["--minutes", "0"], "error: --minutes is 0.0; expected a number above 0"),
+    ],
+)
+def test_mistakes_get_one_line_before_anything_is_trained(place, tmp_path, capsys, wrong, expected):
+    rows, out = str(place / "rows.jsonl"), tmp_path / "out"
+    given = ["--model", str(place), "--train", rows, "--test", rows, "--out", str(out), *wrong]
+    try:
+        status = gsm8k.main(given)
+    except SystemExit as ended:  # argparse's way
+        status = ended.code
+    said = capsys.readouterr().err
+    assert status == 2 and said.strip().splitlines()[-1].startswith(expected) and "Traceback" not in said
+    assert not (out / "start").exists() and not (out / "grpo").exists()
