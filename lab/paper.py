@@ -101,15 +101,16 @@ SHORTER = {  # warm start (in batches) and evaluation of models that take hours
     "small": {"batches": 300},
     "smollm": {"batches": 100, "stories": 100},
 }
-SMALL = {  # a model of 27M parameters; matrix products in bfloat16 where the CPU computes in it
-    "GRPO": Arm(WITHOUT | {"compute_dtype": "auto"}, None, size="small"),
-    "paper's constants": Arm(PAPER | {"compute_dtype": "auto"}, size="small"),
-    "CLIPO": Arm({"compute_dtype": "auto"}, size="small"),
-    "oracle": Arm(WITHOUT | {"compute_dtype": "auto"}, trainer="oracle", size="small"),
+AUTO = {"compute_dtype": "auto"}  # matrix products in bfloat16 where the CPU computes in it
+SMALL = {  # a model of 27M parameters
+    "GRPO": Arm(WITHOUT | AUTO, None, size="small"),
+    "paper's constants": Arm(PAPER | AUTO, size="small"),
+    "CLIPO": Arm(AUTO, size="small"),
+    "oracle": Arm(WITHOUT | AUTO, trainer="oracle", size="small"),
 }
 LAPTOP = {  # what a pretrained model of 135M can do on two cores in hours: a gentler update of fewer, longer responses
     "lr": 1e-5, "steps": 40, "prompts_per_step": 4, "mini_batch_prompts": 4, "samples_per_prompt": 8,
-    "max_new_tokens": 48, "compute_dtype": "auto",
+    "max_new_tokens": 48, **AUTO,
 }  # fmt: skip
 SMOLLM = {
     "GRPO": Arm(WITHOUT | LAPTOP, None, size="smollm"),
