@@ -323,7 +323,8 @@ def warm_started(
     return folder.resolve()
 
 
-SECONDS_AT_RISK = 20  # of a warm start, when a plug is pulled; more where saving takes over a twentieth of the time
+SECONDS_AT_RISK = 20  # of a warm start, when a plug is pulled ...
+SHARE_OF_SAVING = 1 / 20  # ... or more, where saving would take more of the time than this
 
 
 def make_warm_start(folder: Path, training: toy.WarmStart, stop: StopAsked | None) -> None:
@@ -342,7 +343,7 @@ def make_warm_start(folder: Path, training: toy.WarmStart, stop: StopAsked | Non
             bar.set_postfix(loss=f"{training.batch():.2f}", refresh=False)
             bar.update()
             asked = stop is not None and stop.asked
-            if asked or time.monotonic() - saved > max(SECONDS_AT_RISK, 20 * took):
+            if asked or time.monotonic() - saved > max(SECONDS_AT_RISK, took / SHARE_OF_SAVING):
                 begin = time.monotonic()
                 checkpoint.write_tensors(part, training.state())
                 saved = time.monotonic()

@@ -6,7 +6,6 @@ It saves Python and launches: a decode step is some thousand small kernels, each
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
@@ -28,31 +27,30 @@ class CaptureFailed(RuntimeError):
     """CUDA graphs were asked for by name, and a decode step cannot be captured."""
 
 
-PLAIN_FIRST = 3  # (a choice, not a measurement: a capture takes about as long as two plain steps)
 captures_failed: WeakKeyDictionary = WeakKeyDictionary()  # model -> why its decode steps cannot be captured
 
 
 class CapturedSteps:
     """Runs `step(rows, used)` on a GPU as one CUDA graph per (rows, used): no Python and no launches per kernel.
 
-    A decode step is about 25 kernels a layer, each shorter than its launch; a graph launches all of them at once. The
-    first steps of a kind run plainly (they load kernels and fill autocast's cache, and a kind that is rare is not worth
-    a capture), the next is captured, and from then on it is replayed. All that a step reads and writes must stay where
-    it is. A capture that fails is said once, and this model's steps run plainly from then on; if graphs are `demanded`,
-    it raises CaptureFailed.
+    A decode step is about 30 kernels a layer, each shorter than its launch; a graph launches all of them at once. The
+    very first step runs plainly (it loads kernels and fills autocast's cache). After it, each kind is captured when it
+    comes up, which takes no longer than to run it plainly, and from then on it is replayed. All that a step reads and
+    writes must stay where it is. A capture that fails is said once, and this model's steps run plainly from then on; if
+    graphs are `demanded`, it raises CaptureFailed.
     """
 
     def __init__(self, model, step: Callable[[int, int], None], demanded: bool):
         self.model, self.step, self.demanded = model, step, demanded
-        self.seen: Counter[tuple[int, int]] = Counter()
+        self.begun = False
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self.pool = torch.cuda.graph_pool_handle()  # one memory for the intermediates of all graphs
 
     def __call__(self, rows: int, used: int) -> None:
         kind = rows, used
-        self.seen[kind] += 1
-        if kind not in self.graphs and self.seen[kind] > PLAIN_FIRST and self.model not in captures_failed:
+        if self.begun and kind not in self.graphs and self.model not in captures_failed:
             self.capture(kind)
+        self.begun = True
         if kind in self.graphs:
             self.graphs[kind].replay()
         else:
@@ -67,7 +65,8 @@ class CapturedSteps:
         except RuntimeError as reason:
             if ran_out_of_memory(reason):
                 raise
-            why = f"a decode step cannot be captured as a CUDA graph ({reason})"
+            line = str(reason).strip().split("\n")[0]  # (CUDA adds what to look up, in lines of its own)
+            why = f"a decode step cannot be captured as a CUDA graph ({line})"
             if self.demanded:
                 raise CaptureFailed(f"{why}; expected cuda_graphs=False, or None: where it works") from reason
             captures_failed[self.model] = why

@@ -374,11 +374,12 @@ def replaced(module, name: str, by: Callable):
 
 IN_ROLLOUTS = {  # a trick of engine/rollouts.py, and how to leave it out
     "ended rows are dropped": lambda machine: drop_at(machine, 0.0),
-    "... a tenth of all at a time": lambda machine: drop_at(machine, 0.999),
     "two plain products for one query (CPU)": lambda _: attending_by(by_torch),
     "no keys are repeated for grouped heads": lambda _: attending_by(repeating),
-    "a large weight comes first (CPU)": replaced(engine.rollouts, "weight_first", nn.Linear.forward),
+    "a large weight is multiplied in blocks (CPU)": replaced(engine.rollouts, "in_blocks", nn.Linear.forward),
     "a prompt is computed once for its rollouts": replaced(engine.rollouts, "prompts_of", own_prompts),
+    "an RMSNorm is one kernel (GPU)": replaced(engine.rollouts, "is_plain_rmsnorm", lambda _: False),
+    "steps are replayed as graphs (GPU)": replaced(CapturedSteps, "__call__", lambda steps, *kind: steps.step(*kind)),
 }
 IN_UPDATE = {  # the same of engine/update.py
     "a prompt is computed once for its rollouts": replaced(engine.update, "prompts_of", own_prompts),
@@ -386,13 +387,17 @@ IN_UPDATE = {  # the same of engine/update.py
 }
 
 
+def used(tricks: dict[str, Callable], machine: Machine) -> dict[str, Callable]:
+    """Those that are not the other kind of machine's."""
+    return {name: off for name, off in tricks.items() if ("(CPU)" if machine.on_gpu else "(GPU)") not in name}
+
+
 def tricks_table(machine: Machine) -> list[dict]:
     """How many times as long rollouts, or the update, take without each trick of the engine, at every size."""
-    rows = {(phase, trick): {"phase": phase, "without": trick}
-            for phase, tricks in (("rollouts", IN_ROLLOUTS), ("update", IN_UPDATE)) for trick in tricks}  # fmt: skip
+    rows: dict[tuple[str, str], dict] = {}
     for load in rollout_loads(machine)[:: 1 if machine.on_gpu else 2]:  # (on a CPU those of 40 tokens)
         for (phase, trick), ratio in tricks_of(machine, load).items():
-            rows[phase, trick][str(load)] = ratio
+            rows.setdefault((phase, trick), {"phase": phase, "without": trick})[str(load)] = ratio
     return list(rows.values())
 
 
@@ -418,6 +423,7 @@ def tricks_of(machine: Machine, load: Load) -> dict[tuple[str, str], str]:
         return run
 
     for phase, work, tricks in (("rollouts", roll_out, IN_ROLLOUTS), ("update", learn, IN_UPDATE)):
+        tricks = used(tricks, machine)
         times = compare(machine, {"all": work, **{trick: leaving_out(off, work) for trick, off in tricks.items()}})
         found |= {(phase, trick): times_faster(times[trick], times["all"]) for trick in tricks}
     return found
@@ -609,9 +615,10 @@ def update_loads(machine: Machine) -> list[Load]:
 
 
 def some_rollouts(machine: Machine, load: Load) -> clipo.Rollouts:
-    """Random tokens; lengths spread evenly from T / 4 to T."""
+    """Random tokens; lengths spread evenly from T / 4 to T, in no order."""
     shape, on = (load.P, load.G, load.T), machine.device
-    lengths = torch.linspace(load.T / 4, load.T, load.P * load.G, device=on).long().view(load.P, load.G, 1)
+    order = torch.randperm(load.P * load.G, generator=torch.Generator().manual_seed(0))
+    lengths = torch.linspace(load.T / 4, load.T, load.P * load.G).long()[order].view(load.P, load.G, 1).to(on)
     mask = torch.arange(load.T, device=on) < lengths
     tokens = torch.randint(2, SIZES[load.size][0], shape, device=on)
     logprobs = torch.zeros(shape, device=on).masked_fill(mask, -math.log(SIZES[load.size][0]))
@@ -820,11 +827,13 @@ def decode_table(machine: Machine, load: Load | None = None) -> list[dict]:
     load, rows = load or Load("0.5B", 16, 16, 512), []
     model, prompts = make_model(load.size, machine), make_prompts(load)
 
+    seen: list[tuple[int, ...]] = []
+
     def run(steps: CapturedSteps, *kind: int) -> None:
         plainly = partial(steps.step, *kind)
         plainly()
-        steps.seen[kind] += 1
-        if steps.seen[kind] == 4 and not rows:  # the first ones load kernels
+        seen.append(kind)
+        if seen.count(kind) == 4 and not rows:  # the first ones load kernels
             steps.demanded = True
             steps.capture(kind)
             for what, one in (("run plainly", plainly), ("replayed as a graph", steps.graphs[kind].replay)):

@@ -1,6 +1,7 @@
 """What the rollout loop does for speed changes nothing in what it returns."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -123,25 +124,46 @@ def test_the_update_computes_each_prompt_once(qwen2, monkeypatch):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_weight_first_is_a_linear_layer(bias):
-    layer, inputs = nn.Linear(30, 20, bias=bias), torch.randn(3, 4, 30)
-    got = fast.weight_first(layer, inputs)
-    assert got.is_contiguous()
+@pytest.mark.parametrize("rows, out, blocks", [(3, 64, 0), (4, 64, 2), (48, 64, 2), (49, 64, 0), (12, 65, 0)])
+def test_in_blocks_is_a_linear_layer(monkeypatch, bias, rows, out, blocks):
+    layer, inputs, used, bmm = nn.Linear(30, out, bias=bias), torch.randn(rows, 1, 30), [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: used.append(len(a)) or bmm(a, b))
+    got = fast.in_blocks(layer, inputs)
+    assert got.is_contiguous() and used == [blocks] * bool(blocks)
     torch.testing.assert_close(got, F.linear(inputs, layer.weight, layer.bias))
 
 
 def large_model():
-    """Its output layer has 2**21 weights, enough for `weight_first`."""
+    """Its output layer has 2**21 weights, enough for `in_blocks`."""
     return make_model(type(CONFIGS["qwen2"])(**{**SIZE, "vocab_size": 2**16}, num_key_value_heads=2))
 
 
-def test_large_layers_are_served_weight_first_and_give_the_same_tokens():
+def test_large_layers_are_served_in_blocks_and_give_the_same_tokens():
     model = large_model()
     with fast.serving(model):
         assert [name for name, layer in model.named_modules() if "forward" in vars(layer)] == ["lm_head"]
-    got = fast.generate(model, [[5, 9]], samples_per_prompt=1, max_new_tokens=9, eos_token_id=0, temperature=0)
+    got = fast.generate(model, [[5, 9]], samples_per_prompt=4, max_new_tokens=9, eos_token_id=0, temperature=0)
     expected = model.generate(torch.tensor([[5, 9]]), do_sample=False, max_new_tokens=9, eos_token_id=0)
-    assert got.tokens[0, 0].tolist() == expected[0, 2:].tolist()
+    assert got.tokens[0].tolist() == [expected[0, 2:].tolist()] * 4
+
+
+def test_an_rmsnorm_in_one_kernel_gives_what_the_models_own_gives(model):
+    norms = [layer for layer in model.modules() if fast.is_plain_rmsnorm(layer)]
+    assert bool(norms) == (model.config.model_type not in ("gemma2", "gpt2", "gpt_neox"))
+    for layer in norms:
+        weight = torch.rand_like(layer.weight)
+        with torch.no_grad(), mock.patch.object(layer, "weight", nn.Parameter(weight)):
+            states = torch.randn(2, 3, len(weight))
+            torch.testing.assert_close(fast.one_kernel(layer, states), layer(states), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_all_its_norms_are_one_kernel_and_then_its_own_again(qwen2):
+    model = copy.deepcopy(qwen2).cuda()
+    with fast.serving(model):
+        served = [name for name, layer in model.named_modules() if "forward" in vars(layer)]
+    assert len(served) == 2 * model.config.num_hidden_layers + 1 and all("norm" in name for name in served)
+    assert not any("forward" in vars(layer) for layer in model.modules())
 
 
 def test_bfloat16_products_are_left_to_the_library():
