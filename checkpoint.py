@@ -116,12 +116,17 @@ def load_model(source: str, device: str | torch.device):
 # ----------------------------------------------------------------------------------------------------
 
 
+def state_folder(out: Path, steps_done: int) -> Path:
+    """Where the training state after so many steps is, or would be."""
+    return out / "checkpoints" / f"step-{steps_done:06d}"
+
+
 def save(trainer: CLIPO, out: Path) -> Path:
     """Write a complete training state into `out`/checkpoints and publish its model in `out`; returns its folder.
 
     Raises OSError, with everything that was saved before still there.
     """
-    folder = out / "checkpoints" / f"step-{trainer.steps_done:06d}"
+    folder = state_folder(out, trainer.steps_done)
     for leftover in folder.parent.glob("*.*"):  # of a save that was cut short
         shutil.rmtree(leftover)
     aside = folder.with_name(folder.name + ".writing")
@@ -208,7 +213,7 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint: a file that is missing, or is not what was written. None if it is whole."""
     try:
         seal = from_json((folder / SEAL).read_text(encoding="utf-8"))
-        if folder.name != f"step-{seal['steps_done']:06d}":
+        if folder != state_folder(folder.parents[1], seal["steps_done"]):
             return f"{SEAL} is damaged"
         for name, expected in seal["sha256"].items():
             if checksum(folder / name) != expected:

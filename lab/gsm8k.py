@@ -113,8 +113,8 @@ def all_parts(given: argparse.Namespace) -> None:
 
 def is_done(run: Path) -> bool:
     """Has it saved its last step?"""
-    saved, settings = checkpoint.checkpoints(run), checkpoint.read_settings(run)
-    return bool(saved and settings) and saved[-1].name == f"step-{settings['config']['steps']:06d}"
+    settings = checkpoint.read_settings(run)
+    return bool(settings) and checkpoint.state_folder(run, settings["config"]["steps"]).is_dir()
 
 
 def ended(part: str, status: int) -> None:
