@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import re
 import shutil
@@ -141,16 +142,24 @@ def toy_run(machine: Machine) -> list[dict]:
 
 
 def gpu_tests(machine: Machine) -> list[dict]:
-    """The project's tests that have to do with GPUs. Raises RuntimeError where one fails."""
+    """The project's tests that have to do with GPUs. Raises RuntimeError where one fails, or they take too long."""
     where = ["tests/test_gpu.py"] if machine.quick else []
-    command = [sys.executable, "-m", "pytest", "--tb=short", "-k", "gpu", *where]  # (its -q stands in pyproject.toml)
-    done = subprocess.run(command, cwd=bench.ROOT, capture_output=True, text=True, timeout=60 * MINUTES, check=False)
-    summary = done.stdout.rstrip().rpartition("\n")[2]
+    at_once = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    # (-vv: the -q of pyproject.toml, and one more, so that each test is named even where the last is not reached)
+    command = [sys.executable, "-m", "pytest", "--tb=short", "-vv", *at_once, "-k", "gpu", *where]
+    try:
+        done = subprocess.run(
+            command, cwd=bench.ROOT, capture_output=True, text=True, timeout=60 * MINUTES, check=False
+        )
+        status, said = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as stopped:
+        status, said = 1, (stopped.stdout or b"").decode() + f"\nstopped after {MINUTES} minutes"
+    summary = said.rstrip().rpartition("\n")[2]
     counts = {what: int(n) for n, what in re.findall(r"(\d+) (\w+)", summary)}
-    if done.returncode:
-        print(done.stdout[-8000:], done.stderr[-2000:], file=sys.stderr)
-        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-        raise RuntimeError(f"{summary}: {', '.join(dict.fromkeys(failed))}")
+    if status:
+        print(said[-8000:], file=sys.stderr)
+        failed = re.findall(r"(?:FAILED|ERROR) (tests/\S+)", said)
+        raise RuntimeError(f"{summary}: {', '.join(dict.fromkeys(failed)) or 'no test failed'}")
     return [{what: counts.get(what, 0) for what in ("passed", "failed", "skipped")}]
 
 

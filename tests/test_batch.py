@@ -187,6 +187,16 @@ def test_the_model_is_left_as_it_was_even_after_an_error(monkeypatch):
         assert not any("forward" in vars(layer) for layer in model.modules())
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_attends_in_float32_on_a_cpu(autocast):
+    query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
+    given = [part.bfloat16() for part in (query, key, value, torch.zeros(2, 1, 5, 7))]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got, _ = fast.cached_attention(None, *given)
+    expected, _ = fast.cached_attention(None, *(part.float() for part in given))
+    assert torch.equal(got, expected.bfloat16())
+
+
 def test_bfloat16_weights(qwen2):
     model = copy.deepcopy(qwen2).bfloat16()
     got = roll_out(model)
