@@ -1,6 +1,6 @@
 """Decode steps as CUDA graphs: how `engine.rollouts.generate` runs them on a GPU. There is no plain twin of it.
 
-It saves Python and launches: a decode step is some thousand small kernels, each shorter than its launch.
+It saves Python and launches: a decode step is hundreds of small kernels, each shorter than its launch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ captures_failed: WeakKeyDictionary = WeakKeyDictionary()  # model -> why its dec
 
 
 class CapturedSteps:
-    """Runs `step(rows, used)` on a GPU as one CUDA graph per (rows, used): no Python and no launches per kernel.
+    """Runs `step(rows, used)` on a GPU as one CUDA graph per (rows, used), captured anew in each `generate`: no Python
+    and no launches per kernel.
 
     A decode step is about 30 kernels a layer, each shorter than its launch; a graph launches all of them at once. The
     very first step runs plainly (it loads kernels and fills autocast's cache). After it, each kind is captured when it
@@ -58,11 +59,12 @@ class CapturedSteps:
 
     def capture(self, kind: tuple[int, int]) -> None:
         """Record a step without running it. Memory that runs out is for the caller to answer."""
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=self.pool):
                 self.step(*kind)
         except RuntimeError as reason:
+            torch.cuda.set_stream(stream)  # (where a capture cannot even be ended, torch leaves its own)
             if ran_out_of_memory(reason):
                 raise
             line = str(reason).strip().split("\n")[0]  # (CUDA adds what to look up, in lines of its own)

@@ -5,7 +5,8 @@ What it saves, each in a function or class of its own:
                       row until the last has ended, and holds all rollouts at once
     cached_attention  no keys are repeated for grouped heads, and only slots in use are read
     in_blocks         few rows times a large matrix on a CPU, which the library need not copy first
-    CapturedSteps     on a GPU a decode step is one CUDA graph, not a thousand launches (engine/graphs.py)
+    one_kernel        on a GPU an RMSNorm is one kernel, not six to eight
+    CapturedSteps     on a GPU a decode step is one CUDA graph, not hundreds of launches (engine/graphs.py)
 It also serves what the plain loop does not: sliding windows, softcaps (`attention_mask`, `cached_attention`).
 tests/test_plain_equals_engine.py holds the two equal.
 """
@@ -104,8 +105,8 @@ def cached_attention(module, query, key, value, attention_mask, scaling=None, so
     query (B, Hq, Q, head width), key and value (B, H, slots, head width), result (B, Q, Hq, head width). Hq / H
     query heads share one key/value head. For one new token they are simply Hq / H queries to it: a reshape, where
     repeating keys and values for each would copy the whole cache (5 to 15 times slower on a CPU). Two plain products
-    then beat PyTorch's kernel on a CPU, which is made for blocks of queries; in bfloat16 that takes two to four times
-    as long, forward and backward, as in float32.
+    then beat PyTorch's kernel on a CPU. For blocks of queries that kernel serves, on a CPU in float32: in bfloat16 it
+    takes two to four times as long there, forward and backward.
     """
     batch, heads, queries, width = query.shape
     shared, on_cpu, dtype = heads // key.shape[1], query.device.type == "cpu", value.dtype
@@ -245,12 +246,15 @@ def in_blocks(layer: nn.Linear, inputs: Tensor) -> Tensor:
 
 
 def is_plain_rmsnorm(layer: nn.Module) -> bool:
-    """Llama's and Qwen's kind: x / sqrt(mean x^2 + epsilon) times the weight. (Gemma's weight is one less.)"""
+    """Llama's and Qwen's kind: x / sqrt(mean x^2 + epsilon) times the weight.
+
+    Told by the name of its epsilon: where the weight is one less (Gemma), or where there is none, it is `eps`.
+    """
     return type(layer).__name__.endswith("RMSNorm") and hasattr(layer, "variance_epsilon")
 
 
 def one_kernel(norm: nn.Module, states: Tensor) -> Tensor:
-    """`is_plain_rmsnorm` by PyTorch's own kernel. On a GPU the model's code runs seven, each shorter than its launch.
+    """`is_plain_rmsnorm` by PyTorch's own kernel. On a GPU the model's code runs six to eight, shorter than a launch.
 
     Rollouts of a 0.5B model on an H100 take 0.8 of the time; in bfloat16 it rounds once, where the model rounds twice.
     """
@@ -474,7 +478,7 @@ class Batch:
     def refill(self, model) -> bool:
         """Drop ended rows where it pays and prefill for waiting rollouts. Is there anything left to decode?
 
-        The host waits for the device here, and nowhere else.
+        While it decodes, the host waits for the device here, in `reach`, and before a capture.
         """
         working = [row for row, rollout in enumerate(self.table[0, : self.rows].tolist()) if rollout != self.spare]
         share = self.pace.while_waiting if len(self.waiting) else self.pace.in_the_tail

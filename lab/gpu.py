@@ -149,17 +149,19 @@ def gpu_tests(machine: Machine) -> list[dict]:
     command = [sys.executable, "-m", "pytest", "--tb=short", "-vv", *at_once, "-k", "gpu", *where]
     try:
         done = subprocess.run(
-            command, cwd=bench.ROOT, capture_output=True, text=True, timeout=60 * MINUTES, check=False
-        )
+            command, cwd=bench.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            timeout=60 * MINUTES, check=False,
+        )  # fmt: skip
         status, said = done.returncode, done.stdout
     except subprocess.TimeoutExpired as stopped:
-        status, said = 1, (stopped.stdout or b"").decode() + f"\nstopped after {MINUTES} minutes"
+        status, said = 1, (stopped.stdout or b"").decode(errors="replace") + f"\nstopped after {MINUTES} minutes"
     summary = said.rstrip().rpartition("\n")[2]
     counts = {what: int(n) for n, what in re.findall(r"(\d+) (\w+)", summary)}
     if status:
         print(said[-8000:], file=sys.stderr)
-        failed = re.findall(r"(?:FAILED|ERROR) (tests/\S+)", said)
-        raise RuntimeError(f"{summary}: {', '.join(dict.fromkeys(failed)) or 'no test failed'}")
+        named = re.findall(r"(?:FAILED|ERROR) (\S+::\S+)|^(\S+::\S+) (?:FAILED|ERROR)", said, re.MULTILINE)
+        failed = ", ".join(dict.fromkeys(before or after for before, after in named))
+        raise RuntimeError(f"{summary}: {failed or 'no failed test is named'}")
     return [{what: counts.get(what, 0) for what in ("passed", "failed", "skipped")}]
 
 
