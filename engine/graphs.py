@@ -59,12 +59,11 @@ class CapturedSteps:
 
     def capture(self, kind: tuple[int, int]) -> None:
         """Record a step without running it. Memory that runs out is for the caller to answer."""
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self.pool):
                 self.step(*kind)
         except RuntimeError as reason:
-            torch.cuda.set_stream(stream)  # (where a capture cannot even be ended, torch leaves its own)
             if ran_out_of_memory(reason):
                 raise
             line = str(reason).strip().split("\n")[0]  # (CUDA adds what to look up, in lines of its own)
