@@ -49,7 +49,17 @@ from engine.guard import OutOfMemory, Trainer
 from engine.memory import device_bytes, fitting, memory_plan
 from engine.report import write_report
 from engine.table import table, what_to_see
-from problems import SUFFIX, TRAINING_SETS, OptionParser, Problem, UserError, are_correct, load_problems, prompt_ids
+from problems import (
+    SUFFIX,
+    TRAINING_SETS,
+    OptionParser,
+    Problem,
+    UserError,
+    are_correct,
+    in_short,
+    load_problems,
+    prompt_ids,
+)
 
 # ----------------------------------------------------------------------------------------------------
 # What is trained on: a task gives each step its problems
@@ -591,7 +601,7 @@ def one_line_for(out: Path):
     except RuntimeError as reason:
         if not (isinstance(reason, OutOfMemory) or ran_out_of_memory(reason)):
             raise
-        why = f"out of memory: {str(reason).splitlines()[0]}"
+        why = f"out of memory: {in_short(reason)}"
         raise UserError(
             f"{why}; expected a smaller --max-new-tokens or model, or more memory; what was saved stays"
         ) from reason

