@@ -39,8 +39,16 @@ import eval as evaluation
 import train
 from engine.rollouts import generate
 from engine.update import response_logprobs
-from lab import bench, gsm8k
-from lab.bench import Load, Machine
+from lab import gsm8k
+from lab.bench.against_trl import trl_table
+from lab.bench.decode import decode_table
+from lab.bench.load import Load, make_model, make_prompts
+from lab.bench.machine import Machine
+from lab.bench.rollouts import rollouts_rows
+from lab.bench.step import step_table
+from lab.bench.update import memory_row, update_table
+from lab.bench.waits import waits_table
+from lab.provenance import ROOT, commit, markdown
 from problems import OptionParser, UserError, status_of
 
 MINUTES = 8  # after so many of a piece no further round of its runs begins
@@ -86,7 +94,7 @@ def first_difference(ours: list[int], theirs: list[int]) -> int | None:
 def greedy(machine: Machine, load: Load, cuda_graphs: bool) -> list[dict]:
     """Greedy tokens in float32 against transformers', which gets one prompt at a time, without padding."""
     machine = replace(machine, dtype=torch.float32)
-    model, prompts = bench.make_model(load.size, machine), bench.make_prompts(load)
+    model, prompts = make_model(load.size, machine), make_prompts(load)
     chosen = dict(eos_token_id=1, max_new_tokens=load.T)
     ours = generate(model, prompts, samples_per_prompt=1, temperature=0, cuda_graphs=cuda_graphs, **chosen)
     parted = []
@@ -102,7 +110,7 @@ def greedy(machine: Machine, load: Load, cuda_graphs: bool) -> list[dict]:
 def precision(machine: Machine, load: Load) -> list[dict]:
     """Log-probs of sampled tokens against those of the update in float32."""
     machine = replace(machine, dtype=torch.float32)
-    model, prompts = bench.make_model(load.size, machine), bench.make_prompts(load)
+    model, prompts = make_model(load.size, machine), make_prompts(load)
     made = generate(model, prompts, samples_per_prompt=load.G, max_new_tokens=load.T, eos_token_id=1, cuda_graphs=False)
     again = torch.no_grad()(partial(response_logprobs, model, prompts, made))
     exact, found = again(), {"of rollouts in float32": made.logprobs}
@@ -150,7 +158,7 @@ def gpu_tests(machine: Machine) -> list[dict]:
     command = [sys.executable, "-m", "pytest", "--tb=short", "-vv", *at_once, "-k", "gpu", *where]
     try:
         done = subprocess.run(
-            command, cwd=bench.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             timeout=60 * MINUTES, check=False,
         )  # fmt: skip
         status, said = done.returncode, done.stdout
@@ -168,11 +176,11 @@ def gpu_tests(machine: Machine) -> list[dict]:
 
 def rollouts(machine: Machine, load: Load, peer: str) -> list[dict]:
     """Ours and one of transformers' ways, in turn."""
-    return bench.rollouts_rows(replace(machine, runs=min(machine.runs, 3 if load.T <= 512 else 2)), load, [peer])
+    return rollouts_rows(replace(machine, runs=min(machine.runs, 3 if load.T <= 512 else 2)), load, [peer])
 
 
 def against_trl(machine: Machine, load: Load) -> list[dict]:
-    if not (rows := bench.trl_table(machine, load)):
+    if not (rows := trl_table(machine, load)):
         raise RuntimeError("TRL is not installed here; expected `pip install -r lab/requirements.txt`")
     return rows
 
@@ -184,7 +192,7 @@ def first_track(machine: Machine) -> list[dict]:
 
 
 def memory(machine: Machine, load: Load) -> list[dict]:
-    return [bench.memory_row(machine, load, prompt=32 if machine.quick else 512)]
+    return [memory_row(machine, load, prompt=32 if machine.quick else 512)]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -214,17 +222,17 @@ PIECES = {
     "tests": Piece("the project's tests for GPUs", 4, gpu_tests),
     "trl": Piece("a step against TRL's", 2, against_trl, Load("1M", 16, 16, 40), tried=False),
     "trl-0.5B": Piece("the same", 5, against_trl, Load("0.5B", 8, 8, 256), tried=False),
-    "step": Piece("its phases; what CLIPO adds", 3, lambda m, load: bench.step_table(m, [load]), DECODED),
+    "step": Piece("its phases; what CLIPO adds", 3, lambda m, load: step_table(m, [load]), DECODED),
     **{
-        f"update-{size}": Piece("alone", n, lambda m, load: bench.update_table(m, [load]), Load(size, 16, 16, 1024))
+        f"update-{size}": Piece("alone", n, lambda m, load: update_table(m, [load]), Load(size, 16, 16, 1024))
         for size, n in UPDATES.items()
     },
     **{
         f"memory-{size}": Piece("the plan against the peak", n, memory, Load(size, 16, 16, 1024))
         for size, n in UPDATES.items()
     },
-    "waits": Piece("where the host waits for the GPU", 0.3, bench.waits_table),
-    "profile": Piece("a decode step: plain, replayed, kernels, floor", 1, bench.decode_table, DECODED, tried=False),
+    "waits": Piece("where the host waits for the GPU", 0.3, waits_table),
+    "profile": Piece("a decode step: plain, replayed, kernels, floor", 1, decode_table, DECODED, tried=False),
     "gsm8k": Piece("the paper's first track at 135M: one chunk of several", 7.5, first_track, tried=False),
 }
 
@@ -300,9 +308,9 @@ def measure(names: Sequence[str], again: bool, out: Path, machine: Machine, comm
             continue
         print(f"\n## {name}\n", flush=True)
         result = measured(PIECES[name], machine)
-        saved["pieces"][name] = {**result, "commit": bench.commit(), "command": command}
+        saved["pieces"][name] = {**result, "commit": commit(), "command": command}
         checkpoint.write_text(out, json.dumps(saved, indent=1) + "\n")
-        print(bench.markdown(result["rows"]) if "rows" in result else result, f"\n{result['seconds']} s", flush=True)
+        print(markdown(result["rows"]) if "rows" in result else result, f"\n{result['seconds']} s", flush=True)
         failed += [name] * ("failed" in result)
     return failed
 
@@ -314,7 +322,7 @@ def drawn(saved: dict) -> str:
         pieces = {name: saved["pieces"].get(name, {}) for name in PIECES if name.split("-")[0] == kind}
         rows = [row for piece in pieces.values() for row in piece.get("rows", [])]
         rows = [row | ({"goal": GOALS[row["side"]]} if row.get("side") in GOALS else {}) for row in rows]
-        text.append(f"## {kind}" + (f"\n\n{bench.markdown(rows)}" if rows else ""))
+        text.append(f"## {kind}" + (f"\n\n{markdown(rows)}" if rows else ""))
         commits = sorted({piece["commit"] for piece in pieces.values() if "commit" in piece})
         text += [f"`python -m lab.gpu {kind}`, commit {', '.join(commits)}"] * bool(commits)
         for name, piece in pieces.items():
@@ -347,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not any(name == wanted or name.startswith(f"{wanted}-") for name in PIECES):
             parser.error(f"unknown piece {wanted!r}; expected some of: {', '.join(PIECES)}")
     names = [n for n in PIECES if not given.pieces or any(n == p or n.startswith(f"{p}-") for p in given.pieces)]
-    out = given.out or bench.ROOT / ("runs" if given.quick else "results") / "gpu.json"
+    out = given.out or ROOT / ("runs" if given.quick else "results") / "gpu.json"
     command = " ".join(["python -m lab.gpu", *(sys.argv[1:] if arguments is None else map(str, arguments))])
     failed: list[str] = []
 

@@ -30,7 +30,7 @@ import eval as evaluation
 import toy
 import train
 from config import INFORMATIVE
-from lab.bench import ROOT, markdown
+from lab.provenance import ROOT, markdown
 from problems import SUFFIX, OptionParser, UserError, extract_answer, load_file, load_from_hub, status_of
 
 SETTINGS = dict(

@@ -32,7 +32,7 @@ from scipy import stats
 import toy
 import tsne
 from config import INFORMATIVE, CLIPOConfig
-from lab.bench import markdown
+from lab.provenance import markdown
 from lab.runs import PRETRAINED, ROOT, SHARES, Run, known_runs, make
 from problems import OptionParser
 

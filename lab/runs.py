@@ -29,12 +29,11 @@ import toy
 from clipo import ROLLOUT
 from config import CLIPOConfig
 from engine.guard import Trainer
-from lab.bench import commit, processor
+from lab.provenance import ROOT, commit, processor
 from lab.referees import of_kind
 from problems import are_correct
 from train import ToyTask, take_step, warm_started
 
-ROOT = Path(__file__).resolve().parents[1]
 PRETRAINED = {"smollm": ROOT / "runs" / "smollm"}  # a size that is a model of its own: python -m lab.smollm runs/smollm
 SHARES = 5  # bins of the share of sound ones among a group's correct rollouts
 

@@ -21,8 +21,7 @@ import numpy as np
 import torch
 
 import checkpoint
-from lab.bench import commit, markdown, processor
-from lab.runs import ROOT
+from lab.provenance import ROOT, commit, markdown, processor
 from problems import OptionParser
 
 SMALLEST = (

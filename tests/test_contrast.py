@@ -8,7 +8,7 @@ import torch
 import clipo
 import variants
 from config import CONTRASTIVE_LOSSES, POLICY_LOSSES, SCOPES, CLIPOConfig
-from lab.bench import LargestTensor
+from lab.bench.growth import LargestTensor
 
 FLAGS = ["1101000", "1100000", "0000000", "1000000", "1111111", "1011110"]  # mixed groups, and every degenerate kind
 

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from lab import bench, gpu
-from lab.bench import Machine
+from lab import gpu
+from lab.bench.machine import Machine, compare
+from lab.bench.waits import WATCHED, waits_table
 from lab.gpu import Piece
 
 
@@ -127,16 +128,16 @@ def test_a_hand_made_file_is_drawn_with_goals_beside(tmp_path, capsys):
 def test_no_round_of_runs_begins_that_would_end_too_late():
     calls = []
     late = Machine(torch.device("cpu"), torch.float32, runs=5, quick=True, until=0.0)
-    times = bench.compare(late, {"a": calls.append, "b": calls.append})
+    times = compare(late, {"a": calls.append, "b": calls.append})
     assert calls == [-1, -1, 0, 0] and len(times["a"]) == len(times["b"]) == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_decode_step_on_a_gpu_waits_for_nothing_and_copies_nothing():
-    rows = bench.waits_table(Machine(torch.device("cuda"), torch.bfloat16, runs=1, quick=True))
+    rows = waits_table(Machine(torch.device("cuda"), torch.bfloat16, runs=1, quick=True))
     steps = [row for row in rows if row["what"] == "decode step"]
     assert [(row["line"], row["waits"], row["copies to it"]) for row in steps] == [("nowhere", 0, 0)]
-    assert {row["what"] for row in rows} == set(bench.WATCHED)
+    assert {row["what"] for row in rows} == set(WATCHED)
     assert sum(row["waits"] for row in rows if row["what"] == "look") <= 2
 
 

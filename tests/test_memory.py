@@ -8,7 +8,9 @@ import clipo
 from config import CLIPOConfig
 from engine import memory
 from engine.update import response_logprobs
-from lab.bench import Load, Machine, lasting_bytes, make_trainer, some_rollouts
+from lab.bench.load import Load, make_trainer, some_rollouts
+from lab.bench.machine import Machine
+from lab.bench.update import lasting_bytes
 
 CPU = torch.device("cpu")
 

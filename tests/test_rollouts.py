@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, LlamaConfig, MambaC
 import engine.rollouts as fast
 import engine.update
 from engine.update import LOGITS_AT_ONCE, response_logprobs, token_logprobs
-from lab.bench import LargestTensor
+from lab.bench.growth import LargestTensor
 
 
 def greedy_by_transformers(model, prompt, eos, length):
