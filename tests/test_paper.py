@@ -11,7 +11,7 @@ from conftest import ROOT
 import clipo
 import toy
 from config import INFORMATIVE, CLIPOConfig
-from lab import paper, runs
+from lab import arms, figures, paper, runs, tables
 from lab.runs import Run
 
 RESULTS = ROOT / "results"
@@ -32,16 +32,16 @@ def test_equal_runs_have_equal_keys():
 def test_an_arm_leaves_out_what_is_the_default_anyway():
     usual = CLIPOConfig.for_track("toy")
     track1 = {"twice": True, "levels": tuple(toy.LEVELS)}  # measured in full, whatever table asks for it
-    assert paper.CLIPO.run(3) == Run("train", 3, **track1)
-    repeats = paper.Arm({"samples_per_prompt": usual.samples_per_prompt}, world={"slips": toy.World().slips})
+    assert arms.CLIPO.run(3) == Run("train", 3, **track1)
+    repeats = arms.Arm({"samples_per_prompt": usual.samples_per_prompt}, world={"slips": toy.World().slips})
     assert repeats.run(3).config == repeats.run(3).world == {}
-    assert paper.ORACLE.run(3) == Run("train", 3, {"weight": 0.0}, trainer="oracle", **track1)
+    assert arms.ORACLE.run(3) == Run("train", 3, {"weight": 0.0}, trainer="oracle", **track1)
     short = {"batches": 30, "stories": 30}
-    assert paper.Arm({"tau": 0.1}).run(3, steps=5) == Run("train", 3, {"tau": 0.1, "steps": 5}, {}, **short)
+    assert arms.Arm({"tau": 0.1}).run(3, steps=5) == Run("train", 3, {"tau": 0.1, "steps": 5}, {}, **short)
 
 
 def test_a_pretrained_model_has_a_warm_start_of_its_own(tmp_path, monkeypatch, capsys):
-    run = paper.SMOLLM["CLIPO"].run(16)
+    run = arms.SMOLLM["CLIPO"].run(16)
     assert (run.size, run.batches, run.stories, run.start.size, run.start.batches) == (
         "smollm",
         100,
@@ -64,11 +64,11 @@ def test_a_pretrained_model_has_a_warm_start_of_its_own(tmp_path, monkeypatch, c
 
 
 def test_the_papers_arm_has_the_papers_constants_and_the_ladder_ends_at_ours():
-    arm = paper.MECHANISM["paper's constants"]
+    arm = arms.MECHANISM["paper's constants"]
     assert CLIPOConfig.for_track("toy", **arm.config) == CLIPOConfig.for_track("toy", paper=True)
-    assert paper.LADDER["paper's constants"].run(0) == arm.run(0)
-    assert list(paper.LADDER.values())[-1].run(0).config == {}
-    assert {name for change in paper.CHANGES.values() for name in change} == set(INFORMATIVE) - {"reward_ceiling"}
+    assert arms.LADDER["paper's constants"].run(0) == arm.run(0)
+    assert list(arms.LADDER.values())[-1].run(0).config == {}
+    assert {name for change in arms.CHANGES.values() for name in change} == set(INFORMATIVE) - {"reward_ceiling"}
     assert INFORMATIVE["reward_ceiling"] == CLIPOConfig().reward_ceiling
 
 
@@ -90,21 +90,21 @@ def line(seed, right):
 
 def test_the_share_of_the_way_is_of_the_means_over_the_seeds_that_all_have():
     lines = {"low": [line(0, 20), line(1, 30)], "us": [line(0, 70), line(1, 80), line(2, 0)]}
-    assert paper.way(lines, "us", "low", "top", "P2", "answer") is None
+    assert tables.way(lines, "us", "low", "top", "P2", "answer") is None
     lines["top"] = [line(1, 90), line(0, 80)]
-    assert paper.way(lines, "us", "low", "top", "P2", "answer") == pytest.approx(50 / 60)
+    assert tables.way(lines, "us", "low", "top", "P2", "answer") == pytest.approx(50 / 60)
     lines["top"] = [line(0, 20), line(1, 30)]  # a ceiling that is none
-    assert paper.way(lines, "us", "low", "top", "P2", "answer") is None
+    assert tables.way(lines, "us", "low", "top", "P2", "answer") is None
 
 
 def test_dots_of_equal_seeds_stand_beside_each_other():
-    moved = paper.beside([0.3, 0.3, 0.3, 0.9, 0.302])
+    moved = figures.beside([0.3, 0.3, 0.3, 0.9, 0.302])
     assert len(set(zip([0.3, 0.3, 0.3, 0.9, 0.3], moved, strict=True))) == 5
 
 
 def test_differences_are_paired_by_seed():
     lines = {"a": [line(0, 10), line(1, 50), line(2, 30)], "b": [line(1, 60), line(0, 30)]}
-    assert paper.differences(lines, "b", "a", "P2", "answer") == pytest.approx([0.1, 0.2])
+    assert tables.differences(lines, "b", "a", "P2", "answer") == pytest.approx([0.1, 0.2])
 
 
 def test_payments_by_hand():
@@ -144,8 +144,8 @@ def trial(tmp_path_factory):
     folder = tmp_path_factory.mktemp("paper")
     tiny = {"prompts_per_step": 4, "samples_per_prompt": 4, "head_warmup_steps": 1, "steps": 2}
     short = {"batches": 3, "stories": 10}
-    arms = {**paper.TRACK1, **paper.REFEREE}.values()
-    kinds = {(arm.trainer, str(arm.config)): arm for arm in arms}.values()
+    compared = {**arms.TRACK1, **arms.REFEREE}.values()
+    kinds = {(arm.trainer, str(arm.config)): arm for arm in compared}.values()
     wanted = [Run("train", 0, arm.config | tiny, {}, trainer=arm.trainer, twice=True, **short) for arm in kinds]
     wanted.append(Run("frozen", 0, {"ours": tiny, "fixed": {**tiny, "head_steps": 0}}, {}, **short))
     runs.make(wanted, folder / "runs.jsonl", folder / "starts", workers=2, device="cpu")

@@ -1,0 +1,180 @@
+"""Arms: what is compared. Each table of lab.paper has its own; the same arm in two tables is one run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+
+import toy
+from config import INFORMATIVE, CLIPOConfig
+from lab.runs import Run
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is changed of the toy track, the toy world and the trainer, and which arms it is compared with."""
+
+    config: dict = field(default_factory=dict)
+    against: str | None = "GRPO"
+    world: dict = field(default_factory=dict)
+    trainer: str = ""  # one of lab.referees.TRAINERS
+    ceiling: str = "oracle"
+    size: str = "tiny"
+
+    def run(self, seed: int, steps: int | None = None) -> Run:
+        """What only repeats a default is left out, so that the same arm under two names is one run.
+
+        With `steps` it is a short one that only tries the command: a short warm start, a short evaluation.
+        """
+        config = self.config | ({"steps": steps} if steps else {})
+        usual, usual_world = CLIPOConfig.for_track("toy"), toy.WORLD
+        config = {name: value for name, value in config.items() if value != getattr(usual, name)}
+        world = {name: value for name, value in self.world.items() if value != getattr(usual_world, name)}
+        short = {"batches": 30, "stories": 30} if steps else SHORTER.get(self.size, {})
+        whole = {"twice": True, "levels": tuple(toy.LEVELS)} if self.is_of_track1 else {}
+        return Run("train", seed, config, world, trainer=self.trainer, size=self.size, **short, **whole)
+
+    @property
+    def is_of_track1(self) -> bool:
+        """Its arms are measured on every level, and after twice the steps too, whatever table asks for them."""
+        mine = self.config, self.world, self.trainer, self.size
+        return any(mine == (arm.config, arm.world, arm.trainer, arm.size) for arm in TRACK1.values())
+
+
+PAPER = {f.name: f.default for f in fields(CLIPOConfig) if f.name in INFORMATIVE}  # the paper's constants
+SHUFFLED = {"shuffle_contrast": True}
+WITHOUT = {"weight": 0.0}
+GRPO, CLIPO, ORACLE = Arm(WITHOUT, against=None), Arm(), Arm(WITHOUT, trainer="oracle")
+ENDS = {"GRPO": GRPO, "oracle": ORACLE}  # between which an arm is measured
+
+TRACK1 = {"GRPO": GRPO, "CLIPO": CLIPO, "CLIPO, shuffled": Arm(SHUFFLED), "oracle": ORACLE}
+MECHANISM = {
+    "CLIPO": CLIPO,
+    "CLIPO, shuffled": Arm(SHUFFLED),
+    "paper's constants": Arm(PAPER),
+    "GRPO": GRPO,
+    "oracle": ORACLE,
+}
+REFEREE = ENDS | {
+    "CLIPO": CLIPO,
+    "CLIPO, shuffled": Arm(SHUFFLED),
+    "paper's constants": Arm(PAPER),
+    **{f"GRPO, beta {beta}": Arm(WITHOUT | {"beta": beta}) for beta in (0.1, 0.5)},
+    "GRPO, a quarter of lr": Arm(WITHOUT | {"lr": 2.5e-5}),
+    "CLIPO, no KL": Arm({"beta": 0.0}),
+    "agreement of texts: same steps": Arm(trainer="same steps"),
+    "agreement of texts: similarity": Arm(trainer="similar text"),
+    "agreement in the frozen start": Arm(trainer="frozen start"),
+}
+SHORTER = {  # warm start (in batches) and evaluation of models that take hours
+    "small": {"batches": 300},
+    "smollm": {"batches": 100, "stories": 100},
+}
+AUTO = {"compute_dtype": "auto"}  # matrix products in bfloat16 where the CPU computes in it
+SMALL = {  # a model of 27M parameters
+    "GRPO": Arm(WITHOUT | AUTO, None, size="small"),
+    "paper's constants": Arm(PAPER | AUTO, size="small"),
+    "CLIPO": Arm(AUTO, size="small"),
+    "oracle": Arm(WITHOUT | AUTO, trainer="oracle", size="small"),
+}
+LAPTOP = {  # what a pretrained model of 135M can do on two cores in hours: a gentler update of fewer, longer responses
+    "lr": 1e-5, "steps": 40, "prompts_per_step": 4, "mini_batch_prompts": 4, "samples_per_prompt": 8,
+    "max_new_tokens": 48, **AUTO,
+}  # fmt: skip
+SMOLLM = {
+    "GRPO": Arm(WITHOUT | LAPTOP, None, size="smollm"),
+    "CLIPO": Arm(LAPTOP, size="smollm"),
+    "paper's constants": Arm(PAPER | LAPTOP, size="smollm"),
+    "CLIPO, shuffled": Arm(SHUFFLED | LAPTOP, size="smollm"),
+    "oracle": Arm(WITHOUT | LAPTOP, trainer="oracle", size="smollm"),
+}
+BASELINES = {
+    name + plus: Arm(config | weight, against)
+    for name, config in {
+        "GRPO": {},
+        "DAPO": {"policy_loss": "dapo", "resample_tries": 3, "overlong_buffer": 3},
+        "GSPO": {"policy_loss": "gspo"},
+        "GMPO": {"policy_loss": "gmpo"},
+    }.items()
+    for plus, weight, against in (("", WITHOUT, None), (" + CLIPO", {}, name))
+} | {"oracle": ORACLE}
+LOSSES = ENDS | {
+    kind: Arm({"contrastive_kind": kind}) for kind in ("decoupled", "infonce", "supcon_out", "supcon_in", "soft_nn")
+}
+HEAD = ENDS | {
+    "trained": CLIPO,
+    "fixed": Arm({"head_steps": 0}),
+    "MLP": Arm({"head_mlp": True}),
+    "no warm-up": Arm({"head_warmup_steps": 0}),
+    "warm-up of 12 steps": Arm({"head_warmup_steps": 12}),
+}
+TEMPERATURE = ENDS | {f"tau {t}": Arm({"tau": t}) for t in (0.02, 0.05, 0.1, 0.5)}
+WEIGHT = ENDS | {f"lambda {weight}": Arm({"weight": weight}) for weight in (0.1, 0.3, 1.0, 2.0)}
+PRECISION = ENDS | {"float32": CLIPO, "bfloat16": Arm({"compute_dtype": "bfloat16"})}
+GROUP_SIZE = {
+    f"{name}, G = {size}": Arm(
+        config | {"samples_per_prompt": size, "prompts_per_step": 128 // size, "mini_batch_prompts": 128 // size},
+        against,
+    )
+    for size in (4, 8, 16, 32)
+    for name, config, against in (("GRPO", WITHOUT, None), ("CLIPO", {}, f"GRPO, G = {size}"))
+} | {"oracle": replace(ORACLE, against="GRPO, G = 16")}
+UNSCALED = {"scale_by_std": False}
+SCOPE = (
+    ENDS
+    | {scope: Arm({"contrastive_scope": scope}) for scope in ("group", "wrong_of_all", "batch")}
+    | {
+        # Two ideas of ours: consensus over all questions by a head that the verdicts do not teach, and advantages that
+        # do not blow up what little tells the rollouts of an all-right group apart.
+        "batch, tau 0.2, fixed head": Arm({"contrastive_scope": "batch", "tau": 0.2, "head_steps": 0}),
+        "GRPO, unscaled": Arm(UNSCALED | WITHOUT, None),
+        "wrong_of_all, unscaled": Arm(UNSCALED, "GRPO, unscaled"),
+    }
+)
+
+# From the paper's constants to ours, one change on top of the other.
+CHANGES: dict[str, dict] = {
+    "group mean off": {"center_hidden": True},
+    "from chance": {"reward_from_chance": True},
+    "floor -0.9": {"reward_floor": INFORMATIVE["reward_floor"]},
+    "weight 1": {"weight": INFORMATIVE["weight"]},
+    "all positives": {"contrastive_kind": "supcon_out"},
+    "decoupled": {"contrastive_kind": "decoupled"},
+    "tau 0.5": {"tau": INFORMATIVE["tau"]},
+    "4 head steps": {"head_steps": INFORMATIVE["head_steps"]},
+    "negatives from the batch": {"contrastive_scope": INFORMATIVE["contrastive_scope"]},
+}
+RUNGS = {"paper's constants": PAPER}
+for change in CHANGES:
+    RUNGS[f"+ {change}"] = list(RUNGS.values())[-1] | CHANGES[change]
+LADDER = ENDS | {name: Arm(config) for name, config in RUNGS.items()}
+# The same changes alone, for frozen policies: each added to the paper's constants, each taken away from ours.
+ALONE = {f"paper's, {name}": PAPER | change for name, change in CHANGES.items()}
+TAKEN_AWAY = {
+    f"ours without: {name}": {key: PAPER[key] for key in change}
+    for name, change in CHANGES.items()
+    if name != "all positives"  # without them, as without "decoupled", the loss is the paper's
+}
+FROZEN = {**RUNGS, **ALONE, **TAKEN_AWAY}
+
+
+def in_world(world: dict, where: str) -> dict[str, Arm]:
+    """GRPO, CLIPO and the oracle in another world, or for another time."""
+    grpo, oracle = f"GRPO, {where}", f"oracle, {where}"
+    return {
+        grpo: Arm(WITHOUT, None, world),
+        f"CLIPO, {where}": Arm({}, grpo, world, ceiling=oracle),
+        oracle: Arm(WITHOUT, grpo, world, "oracle", ceiling=oracle),
+    }
+
+
+SOUND, FRIEND = (0.4, 0.6, 0.8), (0.80, 0.90, 0.99)  # the dials of the phase map
+PHASE = {
+    name: arm
+    for sound in SOUND
+    for friend in FRIEND  # (training stories have up to 3 clauses)
+    for name, arm in in_world(
+        {"sound_demos": sound, "friend_right": (friend,) * 3 + toy.WORLD.friend_right[3:]},
+        f"sound {sound}, friend {friend}",
+    ).items()
+}
+LIMITS = in_world({}, "as usual") | in_world({"mistaught": 0.2}, "20% of sums mis-taught")

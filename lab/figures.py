@@ -1,0 +1,152 @@
+"""The figures of lab.paper, drawn from lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from config import CLIPOConfig
+from lab.arms import ENDS, FRIEND, MECHANISM, SOUND, TEMPERATURE, TRACK1
+from lab.runs import SHARES
+from lab.tables import TIMES, Lines, over_history, shares
+
+# One look an arm, in all figures: a colour that colour-blind readers can tell apart, a line for grey print, a marker.
+LOOKS = {
+    "GRPO": {"color": "#B34700", "linestyle": "--", "marker": "s"},
+    "CLIPO": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
+    "CLIPO, shuffled": {"color": "#7FB8D8", "linestyle": "-.", "marker": "^"},
+    "oracle": {"color": "#009E73", "linestyle": ":", "marker": "D"},
+    "paper's constants": {"color": "#8A4A73", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "v"},
+}
+STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # of what is no arm of its own
+
+
+def line_of(arm: str) -> dict:
+    """How an arm's curve is drawn."""
+    return {"label": arm, **{name: LOOKS[arm][name] for name in ("color", "linestyle")}}
+
+
+def beside(values: Sequence[float], size: float = 0.015, step: float = 0.11) -> list[float]:
+    """By how much each dot is moved aside, so that none hides another: those closer than `size` stand in a column.
+
+    >>> beside([0.50, 0.80, 0.505, 0.51])
+    [0.0, 0.0, 0.11, -0.11]
+    """
+    moved: list[float] = []
+    for i, value in enumerate(values):
+        taken = {moved[j] for j in range(i) if abs(values[j] - value) < size}
+        places = (k * step * side for k in range(len(values)) for side in (1, -1))
+        moved.append(next(place for place in places if place not in taken) + 0.0)
+    return moved
+
+
+def curve(lines: Sequence[dict], name: str, window: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and the mean over runs and over windows of steps; windows in which nothing was measured are left out."""
+    values = np.array([[np.nan if v is None else v for v in line["history"][name]] for line in lines], dtype=float)
+    steps, means = [], []
+    for first in range(0, values.shape[1], window):
+        part = values[:, first : first + window]
+        if not np.isnan(part).all():
+            steps.append(first + part.shape[1] / 2 + 0.5)
+            means.append(np.nanmean(part))
+    return np.array(steps), np.array(means)
+
+
+def plot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save(figure, file: Path) -> None:
+    figure.savefig(file, dpi=110, metadata={"Software": None})
+    plot().close(figure)
+
+
+def mechanism_figure(lines: Lines, file: Path, few: int = 20) -> None:
+    """What the reward pays for soundness: over training, by the sound share (of no fewer than `few` groups: the mean of
+    fewer says little), and what stands on the floor."""
+    figure, axes = plot().subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    for arm in [a for a in MECHANISM if a not in ENDS]:
+        axes[0].plot(*curve(lines[arm], "gap"), **line_of(arm))
+        axes[2].plot(*curve(lines[arm], "on_floor"), **line_of(arm))
+        bins = np.sum([line["gap_by_share"] for line in lines[arm]], axis=0)  # (SHARES, 2)
+        some = bins[:, 0] >= few
+        middles = (np.arange(SHARES)[some] + 0.5) / SHARES
+        axes[1].plot(middles, bins[some, 1] / bins[some, 0], marker=LOOKS[arm]["marker"], **line_of(arm))
+    unit = "paid to sound minus unsound,\nin standard deviations of the group's reward"
+    axes[0].set(title="What soundness is paid, over training", xlabel="step", ylabel=unit)
+    axes[1].set(title="... by how many of the right answers are sound",
+                xlabel="sound share of a group's correct rollouts", ylabel=unit, xlim=(0, 1))  # fmt: skip
+    axes[2].set(title="Anchors on the reward's floor", xlabel="step", ylabel="share of anchors", ylim=(-0.02, 1.02))
+    for axis in axes:
+        axis.axhline(0, color="0.6", linewidth=0.8)
+        axis.grid(alpha=0.3)
+    axes[1].legend()
+    save(figure, file)
+
+
+def track1_figure(lines: Lines, file: Path) -> None:
+    """Every seed a dot: answers on the longest stories, and the share of sound rollouts over training."""
+    figure, (dots, curves) = plot().subplots(1, 2, figsize=(13, 4.8), layout="constrained")
+    steps = CLIPOConfig.for_track("toy").steps
+    for place, arm in enumerate(TRACK1):
+        for end, (how, fill) in enumerate(zip(TIMES.values(), ("full", "none"), strict=True)):
+            values, row = shares(lines[arm], "P2", "answer", how), place + 0.45 * end
+            look = {"marker": LOOKS[arm]["marker"], "color": LOOKS[arm]["color"], "fillstyle": fill}
+            dots.plot(values, np.array(beside(values, 0.012, 0.045)) + row, linestyle="", markersize=4.5, **look)
+            dots.plot(np.mean(values), row, "|", color="black", markersize=20)
+        curves.plot(*curve(lines[arm], "process"), **line_of(arm))
+    title = (
+        f"Right answers on P2, greedy: a dot is a seed, the bar their mean\n(full: {steps} steps, hollow: {2 * steps})"
+    )
+    dots.set(title=title, xlabel="share of stories", xlim=(0, 1))
+    dots.set_yticks(np.arange(len(TRACK1)) + 0.22, list(TRACK1))
+    dots.invert_yaxis()
+    curves.axvline(steps, color="0.6", linewidth=0.8)
+    curves.set(title="Sound rollouts during training (P0), mean over seeds", xlabel="step", ylabel="share", ylim=(0, 1))
+    curves.legend()
+    for axis in (dots, curves):
+        axis.grid(alpha=0.3)
+    save(figure, file)
+
+
+def temperature_figure(lines: Lines, file: Path) -> None:
+    """Does a low temperature align the correct rollouts of a group?"""
+    figure, axis = plot().subplots(figsize=(6.5, 4.2), layout="constrained")
+    for arm, style in zip([a for a in TEMPERATURE if a not in ENDS], STYLES, strict=False):
+        axis.plot(*curve(lines[arm], "cosine"), linestyle=style, label=arm)
+    axis.set(title="Alignment of a group's correct rollouts", xlabel="step", ylabel="mean cosine of z")
+    axis.legend()
+    axis.grid(alpha=0.3)
+    save(figure, file)
+
+
+def phase_figure(lines: Lines, file: Path) -> None:
+    """Process on P2 over the world's two dials: GRPO, CLIPO, and their difference, with what was paid for soundness."""
+
+    def cells(name: str, measure: Callable[[Sequence[dict]], float]) -> np.ndarray:
+        return np.array([[measure(lines[f"{name}, sound {s}, friend {f}"]) for f in FRIEND] for s in SOUND])
+
+    grpo, ours = (cells(name, lambda runs: np.mean(shares(runs, "P2", "process"))) for name in ("GRPO", "CLIPO"))
+    paid = cells("CLIPO", lambda runs: over_history(runs, "gap"))
+    figure, axes = plot().subplots(1, 3, figsize=(13, 4.4), layout="constrained")
+    for axis, title, values in zip(axes, ("GRPO", "CLIPO", "CLIPO minus GRPO"), (grpo, ours, ours - grpo), strict=True):
+        compares = values is not grpo and values is not ours
+        low, colours = (-1, "PuOr") if compares else (0, "Greys")
+        axis.imshow(values, vmin=low, vmax=1, cmap=colours, origin="lower", aspect="auto")
+        for (i, j), value in np.ndenumerate(values):
+            words = f"{100 * value:+.0f}\npaid {paid[i, j]:+.1f}" if compares else f"{100 * value:.0f}"
+            axis.text(j, i, words, ha="center", va="center", color="white" if abs(value) > 0.6 else "black")
+        axis.set(title=f"Sound on P2, percent: {title}", xlabel="how often the friend is right in training",
+                 ylabel="share of sound demonstrations")  # fmt: skip
+        axis.set_xticks(range(len(FRIEND)), FRIEND)
+        axis.set_yticks(range(len(SOUND)), SOUND)
+    figure.supxlabel("paid: contrastive reward of sound minus unsound right answers of a group, in standard deviations "
+                     "of its rewards, mean over training", fontsize=9)  # fmt: skip
+    save(figure, file)
