@@ -5,11 +5,11 @@ answers to the same question*: sound solutions share structure, errors scatter. 
 
     rollouts -> verifiable reward -> contrastive head -> contrastive reward -> advantages -> policy update
 
-and the sections below stand in that order (the verifiable reward is asked for in the last one, in `roll_out`); there
-`CLIPO.step` reads like the paper's algorithm. Everything here is plain and exact. What makes it fast lives in engine/
-and is held equal to these lines by tests; what keeps a run alive (memory that runs out, numbers that break) in
-engine/guard.py; other losses and the controls in variants.py; the values of all settings in config.py. To understand
-this file you need none of them.
+and the sections below stand in that order. The last one, `CLIPO.step`, reads like the paper's algorithm.
+
+Everything here is plain and exact, and complete: to understand this file you need no other. config.py has the values of
+all settings, variants.py the other losses and the controls. engine/ has a fast twin of these lines, which tests hold
+equal to them, and what keeps a long run alive.
 
 Shapes have these letters. Rollouts come as rectangles, G for each of P prompts:
     P prompts   G rollouts per prompt   B = P*G rollouts   T response tokens   Q tokens in a forward pass
@@ -28,13 +28,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import CLIPOConfig, check_attends_to_all, check_generate_arguments
+from border import check_attends_to_all, check_generate_arguments
+from config import CLIPOConfig
 
 # =====================================================================================================
 # 1. Rollouts: read each prompt once (prefill), then decode G responses to it, one token at a time
 #
 #    y_t ~ pi( . | x, y_<t)       log pi(y_t | x, y_<t) and the model's hidden states are kept on the way:
 #    h = mean of the last layer's states over the response's tokens but the last       (trajectory embedding)
+#
+#    A state is the last layer's output after the final norm. The response's last token is never fed to the model, so it
+#    has no state; of a response of one token, h is the state of the prompt's last token.
 # =====================================================================================================
 
 
@@ -64,7 +68,7 @@ class KVCache:
         self.positions: Tensor | None = None  # (rows, Q): where the next forward pass writes
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_, **__) -> list[Tensor]:
-        """Called by each attention layer, with more than we need: store (rows, H, Q, head width), return all."""
+        """Called by each attention layer: store the new (rows, H, Q, head width), return all."""
         if layer == len(self.layers):
             self.layers.append([new.new_zeros(*new.shape[:2], self.slots, new.shape[3]) for new in (keys, values)])
         row = torch.arange(len(keys), device=keys.device)[:, None]
@@ -76,10 +80,6 @@ class KVCache:
     def repeat(self, times: int) -> None:
         """Each row so many times: G rollouts go on from one prompt."""
         self.layers = [[store.repeat_interleave(times, 0) for store in layer] for layer in self.layers]
-
-    def get_seq_length(self, *_) -> int:
-        """Part of transformers' cache interface; we always pass positions, so nothing depends on it."""
-        return 0
 
 
 def last_states(model, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
@@ -109,7 +109,7 @@ def output_logits(model, states: Tensor) -> Tensor:
     return model.get_output_embeddings()(states)
 
 
-def exact(logits: Tensor) -> Tensor:
+def in_float32(logits: Tensor) -> Tensor:
     """In float32 at least: bfloat16 keeps three digits, too few for a log-prob."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -124,10 +124,10 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor,
     >>> [sample(logits, torch.tensor([u]), 1.0)[0].item() for u in (0.0, 0.49, 0.51, 0.79, 0.81)]
     [0, 0, 1, 1, 2]
     """
-    probs = (exact(logits) / (temperature or 1.0)).softmax(-1)  # (B, V)
+    probs = (in_float32(logits) / (temperature or 1.0)).softmax(-1)  # (B, V)
     cumulated = probs.cumsum(-1)
     token = torch.searchsorted(cumulated, (uniform * cumulated[:, -1])[:, None], right=True)[:, 0]  # (B, V) -> (B,)
-    token = token.clamp(max=logits.shape[-1] - 1)  # (if the logits are NaN, no sum exceeds the number)
+    token = token.clamp(max=logits.shape[-1] - 1)  # where logits are NaN, no sum exceeds the number
     if temperature == 0:
         token = probs.argmax(-1)
     return token, probs.gather(-1, token[:, None])[:, 0].log()
@@ -147,9 +147,8 @@ def generate(
     """Sample `samples_per_prompt` responses to each of P prompts (lists of token ids, any lengths).
 
     temperature 0 is greedy. `generator` is a CPU generator: each rollout gets its own row of random numbers, drawn
-    before the first token. For models whose layers attend to all that came before, and nothing else: sliding windows
-    and softcaps are served by engine/rollouts.py alone. Raises ValueError for arguments out of range and
-    NotImplementedError for such a model.
+    before the first token. Raises ValueError for arguments out of range, NotImplementedError for a model with layers
+    that do not attend to every token before, such as a sliding window.
     """
     stop = check_generate_arguments(model, prompts, samples_per_prompt, max_new_tokens, eos_token_id, temperature)
     check_attends_to_all(model)
@@ -162,18 +161,17 @@ def generate(
     position = torch.tensor([len(ids) - 1 for ids in prompts], device=device).repeat_interleave(G)
     tokens = torch.full((P * G, T), stop[0], device=device)
     mask, logprobs = torch.zeros_like(tokens, dtype=torch.bool), torch.zeros_like(tokens, dtype=torch.float32)
-    hidden, working = 0.0, torch.ones_like(token, dtype=torch.bool)  # (B, D) soon; (B,): has it not ended yet?
-    ends = torch.tensor(stop, device=device)
+    hidden, ends = 0.0, torch.tensor(stop, device=device)  # hidden is (B, D) from the first step on
+    working = torch.ones_like(token, dtype=torch.bool)  # (B,): has this response not ended yet?
     for t in range(T):
         state = last_states(model, token[:, None], position[:, None], cache)[:, 0]  # (B, 1, D) -> (B, D)
         token, logprob = sample(output_logits(model, state), uniform[:, t], temperature)
         tokens[:, t], mask[:, t] = token.where(working, stop[0]), working
         logprobs[:, t] = logprob.where(working, 0.0)
-        # h is the mean state of the response's tokens but the last, which is never fed, so that it has no state.
         # At t = 0 the prompt's last token was fed. Its state is replaced at t = 1, unless the response has ended.
         hidden = torch.where(working[:, None], state.float() + hidden * (t > 1), hidden)
         working = working & ~torch.isin(token, ends)
-        position = position + 1  # (a row that has ended goes on, into places that are masked)
+        position = position + 1
         if not working.any():
             break
     hidden = hidden / (mask.sum(-1, keepdim=True) - 1).clamp(min=1)  # sum -> mean
@@ -189,7 +187,7 @@ def response_logprobs(
     for prompt, tokens in zip(prompts, rollouts.tokens, strict=True):  # tokens (G, T)
         before = tokens.new_tensor(prompt).expand(len(tokens), -1)
         logits = model(input_ids=torch.cat([before, tokens], 1), use_cache=False).logits[:, len(prompt) - 1 : -1]
-        logprobs = (exact(logits) / temperature).log_softmax(-1)  # (G, T, V): each place predicts the next token
+        logprobs = (in_float32(logits) / temperature).log_softmax(-1)  # (G, T, V): each place predicts the next token
         groups.append(logprobs.gather(-1, tokens[:, :, None])[:, :, 0])
     return torch.stack(groups).masked_fill(~rollouts.mask, 0)
 
@@ -258,17 +256,16 @@ def draw_one(allowed: Tensor, generator: torch.Generator | None = None) -> Tenso
     return torch.zeros_like(allowed).scatter(-1, drawn, True) & allowed
 
 
-def similarities(z: Tensor, pairs: Pairs, tau: float) -> Tensor:
-    """s_ia = z_i . z_a / tau: (P, G, E) -> (P, G, G). (Where pairs reach over all questions, a variant: (P, G, B).)"""
-    among = z if pairs.positive.shape[-1] == z.shape[1] else z.flatten(0, 1)  # (P, G, E) or (B, E)
-    return z @ among.transpose(-1, -2) / tau
+def similarities(z: Tensor, tau: float) -> Tensor:
+    """s_ia = z_i . z_a / tau: (P, G, E) -> (P, G, G)."""
+    return z @ z.transpose(-1, -2) / tau
 
 
 def log_sum(similarity: Tensor, allowed: Tensor) -> Tensor:
     """log sum of exp(s) over the allowed entries of each row: (P, G, G) -> (P, G).
 
     This is exact; the authors' epsilon inside the log is not (0.24 off for 16 random vectors). A row with none allowed
-    is no anchor's and is not used; it takes all, for the gradient of log 0 is NaN.
+    is no anchor's. It takes all instead, because the gradient of log 0 would be NaN.
 
     >>> log_sum(torch.tensor([[[20.0, 1.0, 1.0, 0.0]]]), torch.tensor([[[False, True, True, True]]]))  # log(2e + 1)
     tensor([[1.8620]])
@@ -284,7 +281,7 @@ def infonce(z: Tensor, pairs: Pairs, tau: float = 0.05) -> Tensor:
     >>> infonce(torch.eye(3)[None], draw_pairs(torch.tensor([[True, True, False]])))
     tensor([[0.6931, 0.6931, 0.0000]])
     """
-    s = similarities(z, pairs, tau)  # (P, G, E) -> (P, G, G)
+    s = similarities(z, tau)  # (P, G, E) -> (P, G, G)
     others = pairs.positive | pairs.negative  # for an anchor i: all a != i
     loss = log_sum(s, others) - (s * pairs.target).sum(-1)  # (P, G, G) -> (P, G)
     return torch.where(pairs.anchor, loss, 0.0)
@@ -325,10 +322,9 @@ def group_advantages(rewards: Tensor, *, scale_by_std: bool = True, eps: float =
 
 
 def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float):
-    """min(rho A, clip(rho) A) of every token, and where the clip removed the gradient. (PPO, arXiv:1707.06347)
+    """min(rho A, clip(rho) A) of every token, 0 where masked, and where the clip removed the gradient.
 
-    log_ratio = log rho (P, G, T), advantages (P, G, 1), mask (P, G, T); both results (P, G, T). (The mask is for
-    variants that average over a response before they clip.)
+    log_ratio = log rho (P, G, T), advantages (P, G, 1), mask (P, G, T); both results (P, G, T). (PPO, arXiv:1707.06347)
 
     A token became 1.5 times as likely; a good one counts as 1.2 at most, a bad one in full:
     >>> ratio, A, mask = torch.tensor([[[1.5], [1.5]]]), torch.tensor([[[1.0], [-1.0]]]), torch.ones(1, 2, 1)
@@ -337,7 +333,7 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, mask: Tensor, low: 
     """
     ratio = log_ratio.exp()
     free, clipped = ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages
-    return torch.minimum(free, clipped), clipped < free
+    return torch.minimum(free, clipped) * mask, clipped < free
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -352,11 +348,10 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return log_ratio.exp() - log_ratio - 1
 
 
-def token_mean(mask: Tensor, max_new_tokens: int) -> Tensor:
-    """What each token weighs in a mean over all response tokens: (P, G, T) bool -> (P, G, T), sum 1. (The other
-    argument is for a variant's mean.)
+def token_mean(mask: Tensor) -> Tensor:
+    """The part of each token in a mean over all response tokens: (P, G, T) bool -> (P, G, T), sum 1.
 
-    >>> token_mean(torch.tensor([[[True, True], [True, False]]]), max_new_tokens=2)
+    >>> token_mean(torch.tensor([[[True, True], [True, False]]]))
     tensor([[[0.3333, 0.3333],
              [0.3333, 0.0000]]])
     """
@@ -364,10 +359,10 @@ def token_mean(mask: Tensor, max_new_tokens: int) -> Tensor:
 
 
 class PolicyLoss(NamedTuple):
-    """One way to clip and to average, with the clip range of its paper. (The others: variants.POLICY_LOSSES.)"""
+    """One way to clip and to average, with the clip range of its paper. variants.POLICY_LOSSES has the others."""
 
     surrogate: Callable[..., tuple[Tensor, Tensor]]
-    weights: Callable[[Tensor, int], Tensor]
+    mean: Callable[[Tensor], Tensor]
     low: float
     high: float
 
@@ -391,8 +386,8 @@ def policy_gradient(
     """
     low = form.low if config.clip_low is None else config.clip_low
     high = form.high if config.clip_high is None else config.clip_high
-    weights = form.weights(rollouts.mask, config.max_new_tokens)  # (P, G, T), of the surrogate
-    per_token = token_mean(rollouts.mask, config.max_new_tokens)  # of KL and clip fraction, whatever the form
+    mean = form.mean(rollouts.mask)  # (P, G, T), over which the surrogate is averaged
+    per_token = token_mean(rollouts.mask)  # KL and clip fraction are means over tokens under every loss
     total = {"policy_loss": 0.0, "kl": None if reference is None else 0.0, "clip_fraction": 0.0}
     for g, prompt in enumerate(prompts):
         own = slice(g, g + 1)
@@ -400,7 +395,7 @@ def policy_gradient(
         logprobs = response_logprobs(policy, [prompt], group, temperature=temperature)  # (1, G, T)
         log_ratio = logprobs - group.logprobs
         surrogate, cut = form.surrogate(log_ratio, advantages[own, :, None], group.mask, low, high)
-        loss = -(surrogate * weights[own]).sum()
+        loss = -(surrogate * mean[own]).sum()
         total["clip_fraction"] += (cut * per_token[own]).sum().item()
         if reference is not None:
             with torch.no_grad():
@@ -420,7 +415,7 @@ def policy_gradient(
 
 @dataclass
 class Parts:
-    """The five functions that a step calls, plain by default. Faster or other ones with the same arguments plug in."""
+    """The five functions that a step calls. Others with the same arguments plug in."""
 
     generate: Callable = generate
     pairs: Callable = draw_pairs
@@ -429,7 +424,7 @@ class Parts:
     policy_gradient: Callable = policy_gradient
 
 
-class Contrasted(NamedTuple):
+class Agreement(NamedTuple):
     """What the contrastive half of a step found; z, L and rc are from before the head's update."""
 
     embedding: Tensor  # (P, G, E) z
@@ -443,6 +438,7 @@ class Sampled(NamedTuple):
     """Rollouts and the verifiable reward."""
 
     prompts: list[Sequence[int]]  # P
+    answers: list  # P, what `are_correct` was given
     rollouts: Rollouts
     texts: list[list[str]]  # P lists of G responses
     correct: Tensor  # (P, G) bool, r: is the final answer right?
@@ -452,10 +448,11 @@ class Scored(NamedTuple):
     """All that one step found out: the fields of `Sampled`, then its own."""
 
     prompts: list[Sequence[int]]
+    answers: list
     rollouts: Rollouts
     texts: list[list[str]]
     correct: Tensor
-    contrast: Contrasted
+    agreement: Agreement
     reward: Tensor  # (P, G) R = r + rc
     advantage: Tensor  # (P, G) A
     updates: list[dict]  # of each mini-batch; none in a warm-up step
@@ -470,11 +467,11 @@ def end_of_sequence_ids(model, tokenizer) -> list[int]:
     return [ids] if isinstance(ids, int) else list(ids)
 
 
-ROLLOUT, CONTRAST, CONTROL = range(3)  # what a step draws random numbers for
+ROLLOUT, PAIRS, CONTROL = range(3)  # what a step draws random numbers for
 
 
-class Contrast:
-    """The contrastive half of a trainer: the head, its optimiser, and what agreement is paid.
+class HeadTrainer:
+    """The contrastive half of the trainer: the head, its optimiser, and what agreement is paid.
 
     d_model: width D of the hidden states. Every random draw of a step follows from (config.seed, step number).
     """
@@ -492,13 +489,16 @@ class Contrast:
         """This step's random numbers for one purpose, so that no purpose can disturb another's."""
         return torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.steps_done) * 3 + purpose)
 
-    def contrast(self, hidden: Tensor, correct: Tensor) -> Contrasted:
-        """Embed h (P, G, D), pay agreement, then train the head; correct: (P, G) bool."""
-        config, parts, random, grad_norm = self.config, self.parts, self.random(CONTRAST), None
+    def pay_agreement(self, hidden: Tensor, correct: Tensor) -> Agreement:
+        """Embed h (P, G, D), pay agreement, then train the head; correct: (P, G) bool.
+
+        Under plain GRPO, lambda = 0, agreement is paid nothing. The head learns all the same, to be looked at.
+        """
+        config, parts, random, grad_norm = self.config, self.parts, self.random(PAIRS), None
         hidden = hidden.detach()
-        if config.center_hidden:  # (ours, not the paper's: take away what the answers to one question share)
+        if config.center_hidden:  # ours: take away what the answers to one question share
             hidden = hidden - hidden.mean(1, keepdim=True)
-        for update in range(max(1, config.head_steps)):  # the paper takes one; 0 is a fixed head, which pays too
+        for update in range(max(1, config.head_steps)):  # the paper takes one; a fixed head, 0, is paid too
             z = self.head(hidden)  # (P, G, D) -> (P, G, E)
             pairs = parts.pairs(correct, random)  # with a new j every time
             loss = parts.loss(z, pairs, config.tau)  # (P, G)
@@ -509,23 +509,23 @@ class Contrast:
                 break
             loss[pairs.anchor].mean().backward()
             grad_norm = self.descend(self.head_optimizer)
-        return Contrasted(*found, grad_norm)
+        return Agreement(*found, grad_norm)
 
     def descend(self, optimizer: torch.optim.Optimizer) -> float:
         """Clip the gradient, one optimiser step; the norm before the clip. RuntimeError if that is no finite number."""
-        parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm, error_if_nonfinite=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm.item()
 
 
-class CLIPO(Contrast):
+class CLIPO(HeadTrainer):
     """The trainer: policy, frozen reference, and the contrastive half; `step` is one training step.
 
     policy: a transformers causal LM; tokenizer: its tokenizer; are_correct(response texts, answers) -> list of bool.
-    A run is resumed by making its trainer anew from the starting policy, which the reference is a copy of, and then
-    giving it the saved weights, optimisers and step number.
+    To go on with a run, make its trainer anew from the starting policy, of which the reference is a copy. Then give it
+    the saved weights, optimisers and step number.
     """
 
     def __init__(self, policy, tokenizer, are_correct: Callable[..., Sequence[bool]], config: CLIPOConfig, parts=None):
@@ -536,15 +536,15 @@ class CLIPO(Contrast):
         self.reference = copy.deepcopy(policy).requires_grad_(False) if config.beta > 0 else None
         self.policy_optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
 
-    def step(self, prompts: Sequence[Sequence[int]], answers: Sequence[str]) -> Scored:
+    def step(self, prompts: Sequence[Sequence[int]], answers: Sequence) -> Scored:
         """One training step on P prompts (lists of token ids) and their answers."""
         sampled = self.roll_out(list(prompts), list(answers), self.random(ROLLOUT))  # y and h; r
-        contrast = self.contrast(sampled.rollouts.hidden, sampled.correct)  # z, L, rc; then the head learns
-        reward = self.total_reward(sampled, contrast.reward)  # R = r + rc
-        advantage = group_advantages(reward, scale_by_std=self.config.divide_by_std)  # A
+        agreement = self.pay_agreement(sampled.rollouts.hidden, sampled.correct)  # z, L, rc; then the head learns
+        reward = self.total_reward(sampled, agreement.reward)  # R = r + rc
+        advantage = group_advantages(reward, scale_by_std=self.config.scale_by_std)  # A
         updates = [] if self.warming_up else self.update(sampled.prompts, sampled.rollouts, advantage)  # theta
         self.steps_done += 1
-        return Scored(*sampled, contrast, reward, advantage, updates)
+        return Scored(*sampled, agreement, reward, advantage, updates)
 
     @property
     def warming_up(self) -> bool:
@@ -568,10 +568,11 @@ class CLIPO(Contrast):
         texts = self.tokenizer.batch_decode([tokens[mask] for tokens, mask in rows], skip_special_tokens=True)
         verdicts = self.are_correct(texts, [answer for answer in answers for _ in range(G)])
         correct = torch.tensor(verdicts, dtype=torch.bool, device=rollouts.mask.device)
-        return Sampled(prompts, rollouts, [texts[i : i + G] for i in range(0, len(texts), G)], correct.view(-1, G))
+        groups = [texts[i : i + G] for i in range(0, len(texts), G)]
+        return Sampled(prompts, answers, rollouts, groups, correct.view(-1, G))
 
     def total_reward(self, sampled: Sampled, contrastive: Tensor) -> Tensor:
-        """R = r + rc, (P, G). (A variant adds DAPO's penalty for length.)"""
+        """R = r + rc, (P, G)."""
         return sampled.correct.float() + contrastive
 
     def update(self, prompts: list, rollouts: Rollouts, advantage: Tensor) -> list[dict]:

@@ -12,7 +12,7 @@ A new loss is a function and a line in its table (docs/extend.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -53,7 +53,7 @@ def supcon_out(z: Tensor, pairs: Pairs, tau: float = 0.05) -> Tensor:
     >>> supcon_out(EXAMPLE, clipo.draw_pairs(EXAMPLE_RIGHT), tau=1.0)  # -1 + log(2e + 1)
     tensor([[0.8620, 0.8620, 0.8620, 0.0000]])
     """
-    s = similarities(z, pairs, tau)
+    s = similarities(z, tau)
     return over_positives(log_sum(s, pairs.positive | pairs.negative)[..., None] - s, pairs)
 
 
@@ -63,7 +63,7 @@ def soft_nn(z: Tensor, pairs: Pairs, tau: float = 0.05) -> Tensor:
     >>> soft_nn(EXAMPLE, clipo.draw_pairs(EXAMPLE_RIGHT), tau=1.0)  # -log(2e) + log(2e + 1)
     tensor([[0.1688, 0.1688, 0.1688, 0.0000]])
     """
-    s = similarities(z, pairs, tau)
+    s = similarities(z, tau)
     loss = log_sum(s, pairs.positive | pairs.negative) - log_sum(s, pairs.positive)
     return torch.where(pairs.anchor, loss, 0.0)
 
@@ -86,7 +86,7 @@ def decoupled(z: Tensor, pairs: Pairs, tau: float = 0.05) -> Tensor:
     >>> decoupled(EXAMPLE, clipo.draw_pairs(EXAMPLE_RIGHT), tau=1.0)  # log(1 + exp(0 - 1))
     tensor([[0.3133, 0.3133, 0.3133, 0.0000]])
     """
-    s = similarities(z, pairs, tau)
+    s = similarities(z, tau)
     return over_positives(F.softplus(log_sum(s, pairs.negative)[..., None] - s), pairs)
 
 
@@ -135,7 +135,7 @@ def chance_level(kind: str, pairs: Pairs) -> Tensor:
 
 
 def pairs_in_scope(correct: Tensor, generator: torch.Generator | None = None, *, scope: str) -> Pairs:
-    """`clipo.Pairs` that reach over all questions: (P, G, B) bool, indexed [question, i, a], a = question * G + place.
+    """`clipo.Pairs` that reach over all questions: (P, G, B) bool, indexed [question, i, a], where a = question G + i.
 
     >>> correct = torch.tensor([[True, True], [True, False]])
     >>> for scope in ("wrong_of_all", "cross", "batch"):
@@ -146,8 +146,6 @@ def pairs_in_scope(correct: Tensor, generator: torch.Generator | None = None, *,
     batch [0, 1, 1, 0] [0, 0, 0, 1]
     """
     (P, G), device = correct.shape, correct.device
-    if scope == "group":
-        return clipo.draw_pairs(correct, generator)
     rollout = torch.arange(P * G, device=device)
     itself = rollout == rollout.view(P, G, 1)  # (P, G, B)
     same_question = rollout // G == torch.arange(P, device=device)[:, None, None]  # (P, 1, B)
@@ -159,22 +157,30 @@ def pairs_in_scope(correct: Tensor, generator: torch.Generator | None = None, *,
     return Pairs(draw_one(positive, generator), positive, negative)
 
 
+def over_the_batch(loss: Callable[[Tensor, Pairs, float], Tensor]) -> Callable[[Tensor, Pairs, float], Tensor]:
+    """A loss for pairs that reach over all questions: the whole batch is one group of B. z (P, G, E) -> (P, G)."""
+
+    def of(z: Tensor, pairs: Pairs, tau: float = 0.05) -> Tensor:
+        one_group = Pairs(*(part.flatten(0, 1) for part in pairs))  # (P, G, B) -> (B, B)
+        return loss(z.flatten(0, 1), one_group, tau).view(z.shape[:2])
+
+    return of
+
+
 # =====================================================================================================
 # What agreement is paid
 # =====================================================================================================
 
 
-def reward(
-    loss: Tensor, pairs: Pairs, *, weight: float, floor: float, ceiling: float, chance_of: str | None = None
-) -> Tensor:
-    """rc_i = clip(weight (chance - L_i), floor, ceiling) for anchors, 0 for others; chance_of: the loss, None: from 0.
+def reward(loss: Tensor, pairs: Pairs, *, weight: float, floor: float, ceiling: float, chance_of: str) -> Tensor:
+    """rc_i = clip(weight (chance - L_i), floor, ceiling) for anchors, 0 for others; chance_of names the loss.
 
     >>> pairs = clipo.draw_pairs(EXAMPLE_RIGHT)
     >>> reward(torch.zeros(1, 4), pairs, weight=1.0, floor=-0.5, ceiling=1.0, chance_of="decoupled")  # log 2 - 0
     tensor([[0.6931, 0.6931, 0.6931, 0.0000]])
     """
-    chance = chance_level(chance_of, pairs) if chance_of else 0.0
-    return torch.where(pairs.anchor, (weight * (chance - loss.detach())).clamp(floor, ceiling), 0.0)
+    above_chance = chance_level(chance_of, pairs) - loss.detach()
+    return torch.where(pairs.anchor, (weight * above_chance).clamp(floor, ceiling), 0.0)
 
 
 def shuffle_within_groups(values: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
@@ -228,14 +234,21 @@ def clip_geometric(log_ratio: Tensor, advantages: Tensor, mask: Tensor, low: flo
 
 
 def over_places(mask: Tensor, max_new_tokens: int) -> Tensor:
-    """A mean over B times T_max places, filled or not, so that long answers weigh more: (P, G, T) -> (P, G, T)."""
+    """A mean over B times T_max places, filled or not: (P, G, T) -> (P, G, T).
+
+    Beside the token mean this is one factor for the whole batch: where responses are short, the step is smaller.
+
+    >>> over_places(torch.tensor([[[True, True], [True, False]]]), max_new_tokens=10)
+    tensor([[[0.0500, 0.0500],
+             [0.0500, 0.0000]]])
+    """
     return mask / (mask[..., 0].numel() * max_new_tokens)
 
 
-def over_responses(mask: Tensor, max_new_tokens: int) -> Tensor:
+def over_responses(mask: Tensor) -> Tensor:
     """A mean over responses of their means over tokens: (P, G, T) -> (P, G, T).
 
-    >>> over_responses(torch.tensor([[[True, True], [True, False]]]), 2)
+    >>> over_responses(torch.tensor([[[True, True], [True, False]]]))
     tensor([[[0.2500, 0.2500],
              [0.5000, 0.0000]]])
     """
@@ -244,7 +257,7 @@ def over_responses(mask: Tensor, max_new_tokens: int) -> Tensor:
 
 POLICY_LOSSES = {
     "grpo": GRPO,
-    "dr_grpo": GRPO._replace(weights=over_places),
+    "dr_grpo": GRPO._replace(mean=over_places),
     "dapo": GRPO._replace(high=0.28),
     "gspo": PolicyLoss(clip_responses, over_responses, 3e-4, 4e-4),
     "gmpo": PolicyLoss(clip_geometric, over_responses, 0.4, 0.4),
@@ -256,22 +269,42 @@ POLICY_LOSSES = {
 # =====================================================================================================
 
 
+def policy_loss(config: CLIPOConfig) -> PolicyLoss:
+    """The policy loss of these settings."""
+    form = POLICY_LOSSES[config.policy_loss]
+    if form.mean is over_places:
+        return form._replace(mean=partial(over_places, max_new_tokens=config.max_new_tokens))
+    return form
+
+
 def parts(config: CLIPOConfig, random: Callable[[int], torch.Generator]) -> Parts:
-    """The functions that these settings ask for; random(purpose) gives a step's random numbers (`Contrast.random`)."""
-    from_chance = config.contrastive_kind if config.reward_from_chance else None
-    if from_chance and LOSSES[from_chance].chance is None:
-        chance_level(from_chance, clipo.draw_pairs(EXAMPLE_RIGHT))  # raises, before the first step
-    paid = partial(reward, ceiling=config.reward_ceiling, chance_of=from_chance)
+    """The functions that these settings ask for: clipo.py's own, where the settings are the paper's.
 
-    def shuffled(loss: Tensor, pairs: Pairs, **chosen) -> Tensor:
-        return shuffle_within_groups(paid(loss, pairs, **chosen), pairs.anchor, random(CONTROL))
+    random(purpose) gives a step's random numbers (`HeadTrainer.random`). Raises ValueError for a loss without a chance
+    level where the reward is measured from it.
+    """
+    chosen, loss, scope = Parts(), LOSSES[config.contrastive_kind].loss, config.contrastive_scope
+    if scope == "group":
+        chosen.loss = loss
+    else:
+        chosen.pairs, chosen.loss = partial(pairs_in_scope, scope=scope), over_the_batch(loss)
+    if config.reward_from_chance:
+        chance_level(config.contrastive_kind, clipo.draw_pairs(EXAMPLE_RIGHT))  # raises before the first step
+        chosen.reward = partial(reward, ceiling=config.reward_ceiling, chance_of=config.contrastive_kind)
+    if config.shuffle_contrast:
+        chosen.reward = shuffled(chosen.reward, random)
+    if config.policy_loss != "grpo":
+        chosen.policy_gradient = partial(clipo.policy_gradient, form=policy_loss(config))
+    return chosen
 
-    return Parts(
-        pairs=partial(pairs_in_scope, scope=config.contrastive_scope),
-        loss=LOSSES[config.contrastive_kind].loss,
-        reward=shuffled if config.shuffle_contrast else paid,
-        policy_gradient=partial(clipo.policy_gradient, form=POLICY_LOSSES[config.policy_loss]),
-    )
+
+def shuffled(reward: Callable[..., Tensor], random: Callable[[int], torch.Generator]) -> Callable[..., Tensor]:
+    """The control: the same rewards, dealt out anew among the anchors of each group."""
+
+    def of(loss: Tensor, pairs: Pairs, **chosen) -> Tensor:
+        return shuffle_within_groups(reward(loss, pairs, **chosen), pairs.anchor, random(CONTROL))
+
+    return of
 
 
 # =====================================================================================================
@@ -312,31 +345,32 @@ def replaced(rollouts: Rollouts, which: Tensor, new: Rollouts) -> Rollouts:
 
 
 class DynamicSampling(CLIPO):
-    """CLIPO's step with what DAPO adds, as the settings say: with the defaults it is the plain step.
+    """CLIPO's step with what DAPO adds. With the default settings it is the plain step.
 
-    A group all right or all wrong has no advantage. Its prompt makes room for a fresh one, at most `resample_tries`
-    times; what is then still without is kept. And responses near the longest length pay `overlong_penalty`.
+    A group all right or all wrong has no advantage. A fresh prompt takes its place, so often as `resample_tries` says;
+    then it stays. And a response near the longest length pays `overlong_penalty`.
     """
 
-    fresh: Iterator[tuple[list[int], str]] | None = None  # further prompts and answers
-    origin: list[int]  # (P,) which prompt each group of the last step answers: the given ones, then the fresh ones
+    fresh: Iterator[tuple[Sequence[int], object]] | None = None  # further prompts, each with its answer
+    resampled: set[int]  # the groups of the last step whose prompt is a fresh one
 
     def roll_out(self, prompts: list, answers: list, random: torch.Generator) -> Sampled:
-        drawn = len(prompts)
-        self.origin = list(range(drawn))
-        _, rollouts, texts, correct = super().roll_out(prompts, answers, random)
+        self.resampled = set()
+        sampled = super().roll_out(prompts, answers, random)
         for _ in range(self.config.resample_tries):
-            dull = (correct.all(-1) | ~correct.any(-1)).nonzero()[:, 0]
+            dull = (sampled.correct.all(-1) | ~sampled.correct.any(-1)).nonzero()[:, 0]
             if not len(dull):
                 break
-            for g in dull.tolist():
-                (prompts[g], answers[g]), self.origin[g], drawn = next(self.fresh), drawn, drawn + 1
-            fresh = [prompts[g] for g in dull.tolist()], [answers[g] for g in dull.tolist()]
-            new = super().roll_out(*fresh, random)
-            rollouts, correct = replaced(rollouts, dull, new.rollouts), correct.index_copy(0, dull, new.correct)
-            for g, group_texts in zip(dull.tolist(), new.texts, strict=True):
-                texts[g] = group_texts
-        return Sampled(prompts, rollouts, texts, correct)
+            self.resampled |= set(dull.tolist())
+            fresh = [next(self.fresh) for _ in dull]
+            new = super().roll_out(*map(list, zip(*fresh, strict=True)), random)
+            for g, *one in zip(dull.tolist(), new.prompts, new.answers, new.texts, strict=True):
+                sampled.prompts[g], sampled.answers[g], sampled.texts[g] = one
+            sampled = sampled._replace(
+                rollouts=replaced(sampled.rollouts, dull, new.rollouts),
+                correct=sampled.correct.index_copy(0, dull, new.correct),
+            )
+        return sampled
 
     def total_reward(self, sampled: Sampled, contrastive: Tensor) -> Tensor:
         length, config = sampled.rollouts.mask.sum(-1), self.config

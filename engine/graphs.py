@@ -11,12 +11,15 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from problems import in_short
+from border import in_short
 
 
 def ran_out_of_memory(error: BaseException | None) -> bool:
-    """Is it this that went wrong, here or in what led here? torch has a class for it on a GPU only, and not for
-    cuBLAS, cuDNN and graphs; a capture that memory ends reports that it was ended."""
+    """Did memory run out, here or in an error that led here?
+
+    torch has a class for it on a GPU only, and cuBLAS, cuDNN and graphs do not raise that class. A capture that ends
+    for lack of memory reports only that it was ended; the reason stands in the error before it.
+    """
     if error is None:
         return False
     words = "can't allocate memory", "out of memory", "ALLOC_FAILED"

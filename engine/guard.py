@@ -3,15 +3,16 @@
     memory     when it runs out, less goes on at a time, and what that computes is the same
     numbers    one that is NaN or infinite reaches no weight; the step is skipped from there on
     precision  matrix products in bfloat16 over float32 weights, where the settings ask for it
-    time       of each phase, and the step's metrics
+    time       of each phase of a step
 
-`Trainer` is what train.py trains with. With the plain parts it changes no bit (tests/test_plain_equals_engine.py).
+`Trainer` is what train.py trains with. With the plain parts it changes no bit (tests/engine/test_plain_equals_engine.py).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,13 +21,12 @@ import torch
 from torch import Tensor
 
 import variants
-from clipo import Pairs, Rollouts, Scored
+from clipo import Agreement, Pairs, Rollouts, Scored
 from config import ENGINES, CLIPOConfig
 from engine import rollouts as fast_rollouts
 from engine import update as fast_update
+from engine.check import check_model
 from engine.graphs import ran_out_of_memory
-from engine.metrics import describe
-from engine.rollouts import check_model
 
 
 class BrokenNumbers(ArithmeticError):
@@ -47,6 +47,19 @@ class OutOfMemory(RuntimeError):
     """Even the least at a time does not fit in memory."""
 
 
+@contextmanager
+def all_at_once():
+    """The plain parts take all at once: when memory runs out in here, nothing is left but to say so."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            "a step does not fit, and the plain engine takes all at once; --engine fast need not"
+        ) from error
+
+
 class Trainer(variants.DynamicSampling):
     """`clipo.CLIPO` for real runs, with the parts that the settings and `engine` ask for, each of them guarded.
 
@@ -63,70 +76,53 @@ class Trainer(variants.DynamicSampling):
         # What goes on at a time; halved when memory runs out. The plain parts have nothing to halve.
         self.sizes: dict[str, int] = {}
         if engine == "fast":
-            form = variants.POLICY_LOSSES[config.policy_loss]
-            gradient = partial(fast_update.policy_gradient, form=form)
+            gradient = partial(fast_update.policy_gradient, form=variants.policy_loss(config))
             generate = partial(fast_rollouts.generate, cuda_graphs=config.cuda_graphs)
             parts = replace(parts, generate=generate, policy_gradient=gradient)
             self.sizes = {"max_batch": config.max_batch, "micro_batch_tokens": config.micro_batch_tokens}
         self.unguarded = parts
-        self.parts = replace(
-            parts,
-            generate=self.generate,
-            pairs=self.pairs,
-            loss=self.loss,
-            reward=self.reward,
-            policy_gradient=self.policy_gradient,
-        )
+        self.parts = replace(parts, generate=self.generate, loss=self.loss, policy_gradient=self.policy_gradient)
         if self.reference is not None and config.in_bfloat16(policy.device.type):  # nobody updates it
-            for parameter in self.reference.parameters():  # (a rotary embedding's frequencies stay float32)
+            for parameter in self.reference.parameters():  # a rotary embedding's frequencies stay float32
                 parameter.data = parameter.data.bfloat16()
         if policy.device.type == "cuda":
-            torch.backends.cuda.enable_cudnn_sdp(False)  # (see `our_attention`; the plain parts use the library's)
+            torch.backends.cuda.enable_cudnn_sdp(False)  # see `our_attention`; the plain parts use the library's
             # The GPU's default makes another copy of all weights on the way.
             self.policy_optimizer = torch.optim.AdamW(
                 policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
             )
-        self.last: Scored | None = None  # what the last step found out
-        self.seconds: dict[str, float] = {}
+        self.skipped: str | None = None  # the phase in which a number of the last step broke
+        self.seconds: dict[str, float] = {}  # of each phase of the last step
         self.phase, self.since = "", time.perf_counter()
 
     def step(
         self,
         prompts: Sequence[Sequence[int]],
-        answers: Sequence[str],
-        fresh: Iterator[tuple[Sequence[int], str]] | None = None,
-    ) -> dict:
-        """One training step on P prompts (lists of token ids) and their answers; returns its metrics.
+        answers: Sequence,
+        fresh: Iterator[tuple[Sequence[int], object]] | None = None,
+    ) -> Scored | None:
+        """One training step on P prompts (lists of token ids) and their answers; None if a number broke.
 
         `fresh` gives further prompts with their answers where config.resample_tries asks for them. A step in which a
-        number breaks is skipped from there on: of its metrics there are only "step", "seconds" and, as "skipped", the
-        phase; `last` is None. Raises ValueError if there is no `fresh` where one is needed, or not one answer to each
-        prompt; OutOfMemory if even a single rollout does not fit.
+        number breaks is skipped from there on; `skipped` is then the phase. Raises ValueError if there is no `fresh`
+        where one is needed, or not one answer to each prompt; OutOfMemory if even a single rollout does not fit.
         """
         if len(prompts) != len(answers):
             raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers; expected one answer to each prompt")
         if self.config.resample_tries and fresh is None:
             raise ValueError("resample_tries is set but `fresh` is None; expected an iterator of (prompt, answer)")
-        self.fresh, self.last = fresh, None
+        self.fresh, self.skipped = fresh, None
         self.seconds, self.phase, self.since = {}, "", time.perf_counter()
         try:
-            self.last = super().step(prompts, answers)
-            self.lap("update")
-            metrics = {"skipped": None, **self.metrics(self.last)}
+            scored = super().step(prompts, answers)
         except BrokenNumbers as broken:
-            metrics = {"skipped": broken.phase}
+            self.skipped = broken.phase
             self.steps_done += 1
             for optimizer in (self.policy_optimizer, self.head_optimizer):
                 optimizer.zero_grad(set_to_none=True)
-        return {"step": self.steps_done, **metrics, "seconds": self.seconds}
-
-    def metrics(self, scored: Scored) -> dict:
-        """The step's line in metrics.jsonl, but for its number and seconds."""
-        return {
-            **describe(scored, self.config, self.stop_ids),
-            "groups_resampled": sum(i >= len(self.origin) for i in self.origin) / len(self.origin),
-            "tokens_per_second": int(scored.rollouts.mask.sum()) / sum(self.seconds.values()),
-        }
+            return None
+        self.lap("update")
+        return scored
 
     def lap(self, phase: str) -> None:
         """What has passed since the last lap was this phase. A GPU is waited for, or its work would count later."""
@@ -154,27 +150,28 @@ class Trainer(variants.DynamicSampling):
         def one_of(tokens: int) -> Rollouts:
             return attempt(tokens, max_batch=1)
 
-        rollouts = self.in_memory("max_batch", attempt, 1, one_of)
+        if self.sizes:
+            rollouts = self.in_memory("max_batch", attempt, 1, one_of)
+        else:
+            with all_at_once(), self.mixed_precision():
+                chosen |= {"max_new_tokens": max_new_tokens, "generator": generator}
+                rollouts = self.unguarded.generate(policy, prompts, **chosen)
         require_finite("rollout", rollouts.logprobs, rollouts.hidden)
         self.lap("rollout")
         return rollouts
 
-    def pairs(self, correct: Tensor, generator: torch.Generator) -> Pairs:
-        """The contrast begins, or its head takes one more step."""
-        if self.phase == "rollout":
-            self.lap("verify")
-        return self.unguarded.pairs(correct, generator)
+    def pay_agreement(self, hidden: Tensor, correct: Tensor) -> Agreement:
+        """The plain one, timed."""
+        self.lap("verify")
+        agreement = super().pay_agreement(hidden, correct)
+        self.lap("contrast")
+        return agreement
 
     def loss(self, z: Tensor, pairs: Pairs, tau: float) -> Tensor:
         """A finite one."""
         loss = self.unguarded.loss(z, pairs, tau)
         require_finite("contrast", loss)
         return loss
-
-    def reward(self, loss: Tensor, pairs: Pairs, **chosen) -> Tensor:
-        """What agreement is paid; the head's updates follow."""
-        self.lap("contrast")
-        return self.unguarded.reward(loss, pairs, **chosen)
 
     def policy_gradient(self, policy, reference, prompts, rollouts: Rollouts, advantages: Tensor, config) -> dict:
         """The gradient, in bfloat16 products if asked for, in as large micro-batches as fit, of a finite loss."""
@@ -187,11 +184,15 @@ class Trainer(variants.DynamicSampling):
 
         def one_of(tokens: int) -> dict:
             p, g = divmod(int(longest.argmax()), advantages.shape[1])
-            cut = (part[p : p + 1, g : g + 1, :tokens] for part in rollouts)  # (of h, (1, 1, D), nobody asks)
+            cut = (part[p : p + 1, g : g + 1, :tokens] for part in rollouts)  # of h, (1, 1, D), nobody asks
             one = prompts[p : p + 1], Rollouts(*cut), advantages[p : p + 1, g : g + 1]
             return attempt(*one, micro_batch_tokens=tokens)
 
-        stats = self.in_memory("micro_batch_tokens", attempt, int(longest.max()), one_of)
+        if self.sizes:
+            stats = self.in_memory("micro_batch_tokens", attempt, int(longest.max()), one_of)
+        else:
+            with all_at_once():
+                stats = attempt()
         require_finite("update", *(torch.tensor(value) for value in stats.values() if value is not None))
         return stats
 
@@ -223,9 +224,7 @@ class Trainer(variants.DynamicSampling):
         for how many tokens a single rollout would, which `one_of(tokens)` tries.
         """
         most = self.config.max_new_tokens
-        while (result := self.unless_memory_runs_out(lambda: attempt(**self.chosen_size(size)))) is None:
-            if size not in self.sizes:
-                raise OutOfMemory("a step does not fit, and the plain engine takes all at once; --engine fast need not")
+        while (result := self.unless_memory_runs_out(lambda: attempt(**{size: self.sizes[size]}))) is None:
             if self.sizes[size] <= least:
                 tokens = most // 2
                 while tokens and self.unless_memory_runs_out(lambda: (one_of(tokens),)) is None:  # noqa: B023
@@ -234,9 +233,6 @@ class Trainer(variants.DynamicSampling):
                 raise OutOfMemory(f"a rollout of up to {most} tokens does not fit, {fits}")
             self.sizes[size] = max(self.sizes[size] // 2, least)
         return result
-
-    def chosen_size(self, size: str) -> dict[str, int]:
-        return {size: self.sizes[size]} if size in self.sizes else {}
 
     def unless_memory_runs_out(self, attempt: Callable[[], Any]):
         """Its result, or None: what it had allocated is free again."""

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
+from border import OptionParser, UserError, in_short, status_of
 from config import TRACKS, CLIPOConfig, add_options, config_from
 from engine.update import LOGITS_AT_ONCE
-from problems import OptionParser, UserError, in_short, status_of
 
 
 @dataclass
@@ -87,7 +87,7 @@ def memory_plan(model: nn.Module, config: CLIPOConfig, longest_prompt: int, bflo
     n, p = R * T, min(R, several) * longest_prompt  # its tokens, those of its prompts
     keys = n + R * longest_prompt  # prompt and response, for every row
     of_responses, of_prompts = (layer_activations(*part, D, FF, product) for part in ((n, keys), (p, p)))
-    kept, kept_of_prompts = layers * of_responses, (layers - 1) * of_prompts  # (of prompts nobody asks the last layer)
+    kept, kept_of_prompts = layers * of_responses, (layers - 1) * of_prompts  # of prompts nobody asks the last layer
     if config.recompute_activations:  # a layer's input; of prompts their keys and values too
         kept, kept_of_prompts = layers * 4 * D * n, ((layers - 1) * 4 * D + layers * (4 + product) * KV) * p
     chunk = min(n, max(1, LOGITS_AT_ONCE // V))

@@ -5,7 +5,7 @@ What they save, each in a function or class of its own:
     micro_batches   rollouts of like length go together, so that little padding is computed
     token_logprobs  logits exist for some thousand tokens at a time; the plain pass has (G, T, V) of them
     recomputing     of each layer only its input is kept, where memory is short
-tests/test_plain_equals_engine.py holds them equal.
+tests/engine/test_plain_equals_engine.py holds them equal.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from clipo import GRPO, PolicyLoss, Rollouts, exact, kl_k3, token_mean
+from clipo import GRPO, PolicyLoss, Rollouts, in_float32, kl_k3, token_mean
 from config import CLIPOConfig
-from engine.rollouts import Cache, last_states, our_attention, output_logits, prefill, prompts_of
+from engine.forward import Cache, last_states, our_attention, output_logits, prefill, prompts_of
 
 
 class PromptKeys(Cache):
@@ -61,7 +61,7 @@ class SharedPrompts(Cache):
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
         """Called by each attention layer with (rows, H, T, head width)."""
         prompt_keys, prompt_values = self.layers[layer_idx]
-        # (index_select, not [origin]: the gradient of that adds rows in the order in which threads come.)
+        # index_select, not [origin]: the gradient of that adds rows in the order in which threads come.
         of_rows = (part.index_select(0, self.origin) for part in (prompt_keys, prompt_values))
         return tuple(torch.cat([before, own], 2) for before, own in zip(of_rows, (keys, values), strict=True))
 
@@ -117,7 +117,7 @@ def row_logprobs(
     with our_attention(model), recomputing(model, recompute):
         prefill(model, prompts, prompt_keys := PromptKeys())
         states = last_states(model, fed, positions, SharedPrompts(prompt_keys, origin), used=fed.shape[1])
-    logprobs = token_logprobs(model, states[mask], tokens[mask], temperature)  # (real response tokens,)
+    logprobs = token_logprobs(model, states[mask], tokens[mask], temperature)  # of the response tokens that are there
     return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs)  # -> (rows, T)
 
 
@@ -131,7 +131,7 @@ def token_logprobs(model, states: Tensor, tokens: Tensor, temperature: float) ->
     """
 
     def chunk(states: Tensor, tokens: Tensor) -> Tensor:
-        logits = exact(output_logits(model, states)) / (temperature or 1.0)  # (n, V)
+        logits = in_float32(output_logits(model, states)) / (temperature or 1.0)  # (n, V)
         return -F.cross_entropy(logits, tokens, reduction="none")
 
     size = max(1, LOGITS_AT_ONCE // model.get_output_embeddings().out_features)
@@ -193,12 +193,12 @@ def policy_gradient(
     low = form.low if config.clip_low is None else config.clip_low
     high = form.high if config.clip_high is None else config.clip_high
     P, G, _ = rollouts.tokens.shape
-    weights = form.weights(rollouts.mask, config.max_new_tokens).flatten(0, 1)  # (P, G, T) -> (B, T)
-    per_token = token_mean(rollouts.mask, config.max_new_tokens).flatten(0, 1)
+    weights = form.mean(rollouts.mask).flatten(0, 1)  # (P, G, T) -> (B, T)
+    per_token = token_mean(rollouts.mask).flatten(0, 1)
     tokens, mask, old = (part.flatten(0, 1) for part in (rollouts.tokens, rollouts.mask, rollouts.logprobs))
     origin = torch.arange(P, device=tokens.device).repeat_interleave(G)
     lengths = mask.sum(-1).tolist()
-    before = [(b // G, len(prompts[b // G]) - 1) for b in range(P * G)]  # (its last token is the response's)
+    before = [(b // G, len(prompts[b // G]) - 1) for b in range(P * G)]  # its last token is the response's
     total = {"policy_loss": 0.0, "kl": None if reference is None else 0.0, "clip_fraction": 0.0}
     # Blocks of 16 prompts: the fewer there are in a micro-batch, the more rollouts share one.
     for rows in micro_batches(lengths, micro_batch_tokens or config.micro_batch_tokens, 16 * G, before):

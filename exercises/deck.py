@@ -16,7 +16,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from problems import status_of
+from border import status_of
 
 HERE = Path(__file__).parent
 TRACK1 = HERE.parent / "results" / "track1.json"

@@ -26,9 +26,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from border import OptionParser, UserError, one_line_for_ctrl_c, status_of
 from exercises.checking import EXERCISES
 from exercises.student import exercises_in, make
-from problems import OptionParser, UserError, one_line_for_ctrl_c, status_of
 
 LONGEST = 800  # characters of a message that are shown
 

@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from problems import UserError, status_of
+from border import UserError, status_of
 
 HERE = Path(__file__).parent
 

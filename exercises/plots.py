@@ -22,10 +22,10 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 
 import clipo
-import toy
 import variants
 from exercises.checking import HERE, answer_of, file_of, picking, predicted, told
-from problems import are_correct
+from tasks import toy
+from tasks.grading import are_correct
 
 # A made-up group: which of its 16 rollouts are right, and which of those are sound.
 RIGHT = torch.tensor([True] * 9 + [False] * 7)

@@ -19,12 +19,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from border import OptionParser, UserError, status_of
 from exercises.checking import EXERCISES, HERE
-from problems import OptionParser, UserError, status_of
 
 UNWRITTEN = HERE / "unwritten"
-ROOMS = [f"{name}.py" for name in ("clipo", "config", "problems", "toy", "variants")]
-ENGINE = [f"engine/{name}.py" for name in ("__init__", "graphs", "muon", "rollouts", "update")]  # what toy.py needs
+ROOMS = [f"{name}.py" for name in ("border", "clipo", "config", "variants")]
+TASKS = [f"tasks/{name}.py" for name in ("__init__", "data", "expressions", "grading", "toy")]
 SHARED = ["__init__.py", "checking.py", "conftest.py", "playground.html", "plots.py", "requirements.txt", "student.py"]
 ASKED = {  # the functions whose bodies are not in the copy, and the exercise that asks for each
     "clipo.py": {
@@ -63,7 +63,7 @@ def make(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already; expected a new folder, or an empty one")
     root = HERE.parent
-    for name in ["LICENSE", *ROOMS, *ENGINE]:
+    for name in ["LICENSE", *ROOMS, *TASKS]:
         text = (root / name).read_text(encoding="utf-8")
         text = text.replace(CENTRING, 'raise NotImplementedError("centring is what exercises/11_two_changes asks for")')
         write(out / name, without_bodies(text, ASKED[name]) if name in ASKED else text)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 
-import toy
 from config import INFORMATIVE, CLIPOConfig
 from lab.runs import Run
+from tasks import toy
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ SOUND, FRIEND = (0.4, 0.6, 0.8), (0.80, 0.90, 0.99)  # the dials of the phase ma
 PHASE = {
     name: arm
     for sound in SOUND
-    for friend in FRIEND  # (training stories have up to 3 clauses)
+    for friend in FRIEND  # training stories have up to 3 clauses
     for name, arm in in_world(
         {"sound_demos": sound, "friend_right": (friend,) * 3 + toy.WORLD.friend_right[3:]},
         f"sound {sound}, friend {friend}",

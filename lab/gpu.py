@@ -34,9 +34,9 @@ from pathlib import Path
 import torch
 import transformers
 
-import checkpoint
 import eval as evaluation
 import train
+from border import OptionParser, UserError, status_of
 from engine.rollouts import generate
 from engine.update import response_logprobs
 from lab import gsm8k
@@ -49,7 +49,7 @@ from lab.bench.step import step_table
 from lab.bench.update import memory_row, update_table
 from lab.bench.waits import waits_table
 from lab.provenance import ROOT, commit, markdown
-from problems import OptionParser, UserError, status_of
+from run import folder as run_folder
 
 MINUTES = 8  # after so many of a piece no further round of its runs begins
 
@@ -145,14 +145,14 @@ def toy_run(machine: Machine) -> list[dict]:
             if status := command(arguments):
                 raise RuntimeError(f"{name} ended with status {status}; its reason stands above")
             rows.append({"what": name, "s": f"{time.perf_counter() - begin:.1f}"})
-        steps = checkpoint.read_lines(Path(out) / "metrics.jsonl")
+        steps = run_folder.read_lines(Path(out) / "metrics.jsonl")
     seconds = [sum(step["seconds"].values()) for step in steps if step["policy_loss"] is not None]
     return [*rows, {"what": "a step that updates the policy, median", "s": f"{statistics.median(seconds):.2f}"}]
 
 
 def gpu_tests(machine: Machine) -> list[dict]:
     """The project's tests that have to do with GPUs. Raises RuntimeError where one fails, or they take too long."""
-    where = ["tests/test_gpu.py"] if machine.quick else []
+    where = ["tests/engine/test_gpu.py"] if machine.quick else []
     at_once = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     # (-vv: against the -q of pyproject.toml, so that each test is named when it ends, should the last not be reached)
     command = [sys.executable, "-m", "pytest", "--tb=short", "-vv", *at_once, "-k", "gpu", *where]
@@ -187,7 +187,7 @@ def against_trl(machine: Machine, load: Load) -> list[dict]:
 
 def first_track(machine: Machine) -> list[dict]:
     if machine.quick:
-        raise RuntimeError("it wants a pretrained model; tests/test_gsm8k.py tries it with a small one")
+        raise RuntimeError("it wants a pretrained model; tests/lab/test_gsm8k.py tries it with a small one")
     return gsm8k.go_on(gsm8k.parser().parse_args(["--minutes", str(MINUTES - 0.5)]))
 
 
@@ -309,7 +309,7 @@ def measure(names: Sequence[str], again: bool, out: Path, machine: Machine, comm
         print(f"\n## {name}\n", flush=True)
         result = measured(PIECES[name], machine)
         saved["pieces"][name] = {**result, "commit": commit(), "command": command}
-        checkpoint.write_text(out, json.dumps(saved, indent=1) + "\n")
+        run_folder.write_text(out, json.dumps(saved, indent=1) + "\n")
         print(markdown(result["rows"]) if "rows" in result else result, f"\n{result['seconds']} s", flush=True)
         failed += [name] * ("failed" in result)
     return failed

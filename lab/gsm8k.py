@@ -25,13 +25,20 @@ from pathlib import Path
 
 import transformers
 
-import checkpoint
 import eval as evaluation
-import toy
 import train
+from border import OptionParser, UserError, status_of
 from config import INFORMATIVE
 from lab.provenance import ROOT, markdown
-from problems import SUFFIX, OptionParser, UserError, extract_answer, load_file, load_from_hub, status_of
+from run import folder as run_folder
+from run import models as run_models
+from run import stopping
+from run import warm_start as run_warm_start
+from run.evaluation import load_benchmark
+from run.scores import cell
+from run.settings import as_options
+from tasks.data import SUFFIX, load_file, load_from_hub
+from tasks.grading import extract_answer
 
 SETTINGS = dict(
     steps=60, prompts_per_step=64, mini_batch_prompts=64, max_new_tokens=256, head_warmup_steps=6, lr=5e-6
@@ -76,36 +83,35 @@ class Solutions:
         return self.random.choice(self.pairs)
 
 
-def options(settings: dict) -> list[str]:
-    """As the command line of train.py has them.
-
-    >>> options({"center_hidden": True, "reward_floor": -0.9})
-    ['--center-hidden', '--reward-floor=-0.9']
-    """
-    named = {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
-    return [name if value is True else f"{name}={value}" for name, value in named.items()]
-
-
 def all_parts(given: argparse.Namespace) -> None:
     """Do what is not done yet. Raises KeyboardInterrupt where a part was stopped, UserError where it failed."""
-    start, device = given.out / "start", checkpoint.device_from(given.device)
+    start, device = given.out / "start", run_models.device_from(given.device)
     for test in given.test:  # what is wrong there is said now, not after hours
-        evaluation.load_benchmark(test, 1)
+        load_benchmark(test, 1)
     given.out.mkdir(parents=True, exist_ok=True)
     if not start.is_dir():
-        training = toy.WarmStart(
-            *checkpoint.load_model(given.model, device), Solutions(given.train, seed=0),
+        training = run_warm_start.WarmStart(
+            *run_models.load_model(given.model, device), Solutions(given.train, seed=0),
             batches=given.batches, pretrained=True,
         )  # fmt: skip
-        with train.StopAsked() as stop:
-            train.make_warm_start(start, training, stop)
+        with stopping.StopAsked() as stop:
+            run_warm_start.make_warm_start(start, training, stop)
         del training
     here, folders = ["--device", given.device] if given.device else [], [start]
     for arm, changed in ARMS.items():
         folders.append(out := given.out / arm)
         if is_done(out):
             continue
-        begin = ["--model", start, "--data", given.train, "--track", "gsm8k", *options(SETTINGS | changed), *given.more]
+        begin = [
+            "--model",
+            start,
+            "--data",
+            given.train,
+            "--track",
+            "gsm8k",
+            *as_options(SETTINGS | changed),
+            *given.more,
+        ]
         begun = (out / "settings.json").exists()
         ended(arm, train.main([*(["--resume"] if begun else begin), "--out", out, *here]))
     ended("eval.py", evaluation.main([*map(str, folders), "--resume", "--data", *given.test, *here]))
@@ -113,8 +119,8 @@ def all_parts(given: argparse.Namespace) -> None:
 
 def is_done(run: Path) -> bool:
     """Has it saved its last step?"""
-    settings = checkpoint.read_settings(run)
-    return bool(settings) and checkpoint.state_folder(run, settings["config"]["steps"]).is_dir()
+    settings = run_folder.read_settings(run)
+    return bool(settings) and run_folder.state_folder(run, settings["config"]["steps"]).is_dir()
 
 
 def ended(part: str, status: int) -> None:
@@ -142,9 +148,9 @@ def go_on(given: argparse.Namespace) -> list[dict]:
         raise
     finally:
         clock.cancel()
-    found = {name: checkpoint.read_json(given.out / name / "eval" / "results.json", {}) for name in ("start", *ARMS)}
+    found = {name: run_folder.read_json(given.out / name / "eval" / "results.json", {}) for name in ("start", *ARMS)}
     return [
-        {"model": name, **{test: evaluation.cell(figures["pass@1"]) for test, figures in saved["results"].items()}}
+        {"model": name, **{test: cell(figures["pass@1"]) for test, figures in saved["results"].items()}}
         for name, saved in found.items()
     ]
 

@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 
 import tsne
+from border import OptionParser
 from config import CLIPOConfig
 from lab.arms import (
     BASELINES,
@@ -52,7 +53,7 @@ from lab.figures import mechanism_figure, phase_figure, temperature_figure, trac
 from lab.provenance import ROOT, markdown
 from lab.runs import PRETRAINED, Run, known_runs, make
 from lab.tables import Lines, comparison, frozen_table, levels_table, provenance, track1_json, twice_table
-from problems import OptionParser
+from run import points
 
 
 @dataclass(frozen=True)
@@ -157,10 +158,10 @@ def embed_and_draw(*arguments: str) -> None:
 
 def tabulate_tsne(out: Path) -> None:
     """The numbers that go with each panel."""
-    found = tsne.load_points(out / "tsne.npz")
+    found = points.load_points(out / "tsne.npz")
     seed = CLIPOConfig.for_track("toy").seed
     about = f"`python -m lab.paper tsne`; seed {seed}; silhouette and purity as tsne.py defines them."
-    table = markdown(tsne.scores(found))
+    table = markdown(points.scores(found))
     (out / "tsne.md").write_text(f"# t-SNE: what its panels are worth\n\n{about}\n\n{table}\n", encoding="utf-8")
 
 

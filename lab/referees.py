@@ -17,12 +17,10 @@ from difflib import SequenceMatcher
 import torch
 from torch import Tensor, nn
 
-import toy
 from clipo import Sampled
 from config import CLIPOConfig
 from engine.guard import Trainer
-from problems import are_correct
-from train import ToyTask
+from tasks.toy import Story, ToyTask, write
 
 # ----------------------------------------------------------------------------------------------------
 # The oracle
@@ -30,19 +28,11 @@ from train import ToyTask
 
 
 class OracleTask(ToyTask):
-    """Stories whose answer is the one sound response."""
+    """Right is only the one sound response, word by word."""
 
-    def stories(self, seed: str) -> list[toy.Story]:
-        return [replace(s, answer=toy.write(s.solution, int(s.answer))) for s in super().stories(seed)]
-
-
-def same_words(texts: Sequence[str], answers: Sequence[str]) -> list[bool]:
-    """Is each text its answer, word by word?
-
-    >>> same_words(["#### 5", "3 + 2 = 5 . #### 5"], ["3 + 2 = 5 . ####  5"] * 2)
-    [False, True]
-    """
-    return [text.split() == answer.split() for text, answer in zip(texts, answers, strict=True)]
+    def are_correct(self, texts: Sequence[str], problems: Sequence[Story]) -> list[bool]:
+        sound = [write(story.solution, int(story.answer)) for story in problems]
+        return [text.split() == words.split() for text, words in zip(texts, sound, strict=True)]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -79,7 +69,7 @@ def agreement(texts: Sequence[str], correct: Sequence[bool], alike: Callable[[st
         return [None] * len(texts)
     known: dict[tuple[str, str], float] = {}
 
-    def of(one: str, other: str) -> float:  # (many responses are equal)
+    def of(one: str, other: str) -> float:  # many responses are equal
         if (one, other) not in known:
             known[one, other] = known[other, one] = alike(one, other)
         return known[one, other]
@@ -113,8 +103,8 @@ class SimilarText(TextAgreement):
 class FrozenStart(Trainer):
     """The usual reward, of the states that the frozen start has for the same rollouts; no head, nothing learns."""
 
-    def __init__(self, policy, tokenizer, are_correct: Callable, config: CLIPOConfig):
-        super().__init__(policy, tokenizer, are_correct, replace(config, head_steps=0))
+    def __init__(self, policy, tokenizer, are_correct: Callable, config: CLIPOConfig, engine: str = "fast"):
+        super().__init__(policy, tokenizer, are_correct, replace(config, head_steps=0), engine)
         if self.reference is None:
             raise ValueError(f"beta is {config.beta}, so that no frozen start is kept; expected more than 0")
         self.head.layers = nn.Sequential()  # z = normalise(h)
@@ -147,7 +137,6 @@ TRAINERS: dict[str, type[Trainer]] = {
 }
 
 
-def of_kind(kind: str, policy, tokenizer, config: CLIPOConfig, world: toy.World) -> tuple[Trainer, ToyTask]:
-    """The trainer of an arm (a name above, or "" for the usual one) and its task."""
-    judge, task = (same_words, OracleTask) if kind == "oracle" else (are_correct, ToyTask)
-    return TRAINERS[kind](policy, tokenizer, judge, config), task(config, world)
+def of_kind(kind: str) -> tuple[type[ToyTask], type[Trainer]]:
+    """Task and trainer of an arm: a name above, or "" for the usual ones."""
+    return OracleTask if kind == "oracle" else ToyTask, TRAINERS[kind]

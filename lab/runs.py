@@ -9,12 +9,16 @@ stopped command goes on.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import multiprocessing
+import shlex
 import signal
+import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,26 +28,29 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
-import toy
-from clipo import ROLLOUT
+import train
+from clipo import ROLLOUT, Scored
 from config import CLIPOConfig
 from engine.guard import Trainer
 from lab.provenance import ROOT, commit, processor
 from lab.referees import of_kind
-from problems import are_correct
-from train import ToyTask, take_step, warm_started
+from run.folder import append_line, read_lines
+from run.models import load_model
+from run.settings import Settings, as_options
+from run.table import measure_levels
+from run.warm_start import warm_started
+from tasks.grading import are_correct
+from tasks.toy import LEVELS, WORLD, ToyTask, World, is_sound, soundness
 
 PRETRAINED = {"smollm": ROOT / "runs" / "smollm"}  # a size that is a model of its own: python -m lab.smollm runs/smollm
 SHARES = 5  # bins of the share of sound ones among a group's correct rollouts
 
 
 def fingerprint() -> str:
-    """Of everything that a run does not name because it is the default (it does name its seed): another default makes
-    other runs."""
+    """A checksum of all defaults but the seed. A run names only what it changes, so other defaults are other runs."""
     only_speed = ("max_batch", "cuda_graphs", "micro_batch_tokens", "recompute_activations")
     config = {name: v for name, v in asdict(CLIPOConfig.for_track("toy", seed=0)).items() if name not in only_speed}
-    usual = [config, asdict(toy.WORLD)]
+    usual = [config, asdict(WORLD)]
     return hashlib.sha256(json.dumps(usual, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -73,7 +80,7 @@ class Run:
         """The run whose warm-started model this one begins with, whatever the friend is like in training."""
         world = {name: value for name, value in self.world.items() if name != "friend_right"}
         same = {name: getattr(self, name) for name in ("size", "batches", "stories")}
-        return Run("start", self.seed, {}, world, levels=tuple(toy.LEVELS), **same)
+        return Run("start", self.seed, {}, world, levels=tuple(LEVELS), **same)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -120,54 +127,86 @@ class Mechanism:
     """Gathers, step by step, what the contrastive reward pays for soundness."""
 
     def __init__(self):
-        self.gap: list[float | None] = []  # of each step, the mean over its groups
         self.by_share = [[0, 0.0] for _ in range(SHARES)]  # number of groups and sum of their gaps, by sound share
 
-    def add(self, *scored: Tensor) -> None:
+    def add(self, *scored: Tensor) -> float | None:
+        """The mean gap over the groups of a step."""
         gaps = payments(*scored)
         for share, gap in gaps:
             cell = self.by_share[min(int(share * SHARES), SHARES - 1)]
             cell[0], cell[1] = cell[0] + 1, cell[1] + gap
-        self.gap.append(sum(gap for _, gap in gaps) / len(gaps) if gaps else None)
+        return sum(gap for _, gap in gaps) / len(gaps) if gaps else None
+
+
+def measured(task: type[ToyTask], mechanism: Mechanism) -> type[ToyTask]:
+    """A kind of task that also measures, in each step, what soundness is paid and how the head sees it."""
+
+    class Measured(task):
+        def measure(self, scored: Scored) -> dict:
+            correct, sound = scored.correct, soundness(scored)
+            paid = scored.reward - correct.float()  # a penalty for length, too
+            return super().measure(scored) | {
+                "sound_share": (correct & sound).sum().item() / max(1, correct.sum().item()),
+                "cosine": mean_cosine(scored.agreement.embedding, correct),
+                "gap": mechanism.add(paid, scored.reward, correct, sound),
+            }
+
+    return Measured
 
 
 def open_start(run: Run, runs: Path, device: torch.device):
     """The warm-started model of a run, its tokenizer, its world."""
-    world = toy.World(**run.world)
+    world = World.changed(run.world)
     pretrained = str(PRETRAINED[run.size]) if run.size in PRETRAINED else None
     folder = warm_started(runs, run.size, run.seed, run.batches, device, world, model=pretrained)
-    return *checkpoint.load_model(str(folder), device), world
+    return *load_model(str(folder), device), world
 
 
-def evaluation(run: Run, model, tokenizer, world: toy.World) -> dict:
+def evaluation(run: Run, model, tokenizer, world: World) -> dict:
     """Greedy answers: {level: {metric: (successes, trials)}}."""
-    return toy.evaluate(model, tokenizer, count=run.stories, world=world, levels=run.levels)
+    return measure_levels(model, tokenizer, count=run.stories, world=world, levels=run.levels)
 
 
-KEPT = ("accuracy", "process", "on_floor", "contrastive_reward_std", "groups_without_contrast", "entropy")
+KEPT = (
+    "accuracy", "process", "on_floor", "contrastive_reward_std", "groups_without_contrast", "entropy", "sound_share",
+    "cosine", "gap",
+)  # fmt: skip
 
 
 def execute_train(run: Run, runs: Path, device: torch.device) -> dict:
     """Train from the warm start; each step's measurements, and the evaluation after the last one (or two)."""
-    model, tokenizer, world = open_start(run, runs, device)
-    config = CLIPOConfig.for_track("toy", seed=run.seed, **run.config)
-    trainer, task = of_kind(run.trainer, model, tokenizer, config, world)
-    mechanism, found = Mechanism(), {}
-    history: dict[str, list] = {name: [] for name in (*KEPT, "sound_share", "cosine")}
-    for step in range(1, config.steps * (1 + run.twice) + 1):
-        metrics, _, sound = take_step(trainer, task)
-        scored, sound = trainer.last, torch.tensor(sound, device=device)
-        correct, paid = scored.correct, scored.reward - scored.correct.float()  # (of a penalty for length, too)
-        metrics["sound_share"] = (correct & sound).sum().item() / max(1, correct.sum().item())
-        metrics["cosine"] = mean_cosine(scored.contrast.embedding, correct)
-        mechanism.add(paid, scored.reward, correct, sound)
-        for name, values in history.items():
-            values.append(metrics[name])
-        if step % config.steps == 0:
-            found["greedy" if step == config.steps else "greedy_twice"] = evaluation(
-                run, trainer.policy, tokenizer, world
-            )
-    return {"history": {**history, "gap": mechanism.gap}, "gap_by_share": mechanism.by_share, **found}
+    mechanism, steps, found = Mechanism(), run.config.get("steps", CLIPOConfig.for_track("toy").steps), {}
+    task, trainer = of_kind(run.trainer)
+    task, world = measured(task, mechanism), World.changed(run.world)
+    model = ["--model", PRETRAINED[run.size], "--data", "toy"] if run.size in PRETRAINED else ["--size", run.size]
+    begin = [
+        *model, "--engine", "fast", "--world", json.dumps(run.world), "--warm-start-batches", run.batches,
+        *as_options({"seed": run.seed, **run.config}),
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory(dir=runs, prefix="run-") as out:
+        shared = ["--out", out, "--device", device, "--test-stories", 0, "--save-every", 10**6]
+        for name, options in (
+            ("greedy", begin),
+            *([("greedy_twice", ["--resume", "--steps", 2 * steps])] if run.twice else []),
+        ):
+            quietly(train.main, [*options, *shared], task, trainer)
+            found[name] = evaluation(run, *load_model(out, device), world)
+        metrics = read_lines(Path(out) / "metrics.jsonl")
+    history = {name: [step[name] for step in metrics] for name in KEPT}
+    return {"history": history, "gap_by_share": mechanism.by_share, **found}
+
+
+def quietly(main: Callable, arguments: Sequence, task: type[ToyTask], trainer: type[Trainer]) -> None:
+    """train.py, without what it says, which RuntimeError quotes if it does not end well."""
+
+    def new_task(settings: Settings, tokenizer) -> ToyTask:
+        return task(settings.config, tokenizer, World.changed(settings.world))
+
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        status = main(list(map(str, arguments)), new_task=new_task, new_trainer=trainer)
+    if status:
+        raise RuntimeError(f"train.py {shlex.join(map(str, arguments))} ended with status {status}: {said.getvalue()}")
 
 
 def execute_frozen(run: Run, runs: Path, device: torch.device) -> dict:
@@ -181,21 +220,21 @@ def execute_frozen(run: Run, runs: Path, device: torch.device) -> dict:
         for arm, changes in run.config.items()
     }
     first = next(iter(trainers.values()))
-    task, found = ToyTask(first.config, world), {arm: (Mechanism(), []) for arm in trainers}
+    task, found = ToyTask(first.config, tokenizer, world), {arm: (Mechanism(), []) for arm in trainers}
     for step in range(first.config.steps):
         stories = task.problems(step)
-        prompts = [tokenizer(story.question)["input_ids"] for story in stories]
-        answers = [story.answer for story in stories]
-        _, rollouts, texts, correct = first.roll_out(prompts, answers, first.random(ROLLOUT))
-        sound = torch.tensor(task.soundness(stories, texts), device=device)
+        prompts, answers = [task.prompt(story) for story in stories], [story.answer for story in stories]
+        sampled = first.roll_out(prompts, answers, first.random(ROLLOUT))
+        groups = zip(stories, sampled.texts, strict=True)
+        sound = torch.tensor([[is_sound(story, text) for text in texts] for story, texts in groups], device=device)
         for arm, trainer in trainers.items():
-            contrast = trainer.contrast(rollouts.hidden, correct)
-            rc = contrast.reward
+            agreement = trainer.pay_agreement(sampled.rollouts.hidden, sampled.correct)
+            rc, correct = agreement.reward, sampled.correct
             trainer.steps_done += 1
             if step >= first.config.steps // 3:
                 mechanism, on_floor = found[arm]
                 mechanism.add(rc, correct + rc, correct, sound)
-                on_floor += (rc[contrast.pairs.anchor] <= trainer.config.reward_floor).tolist()
+                on_floor += (rc[agreement.pairs.anchor] <= trainer.config.reward_floor).tolist()
     return {
         "arms": {
             arm: {
@@ -244,7 +283,7 @@ def rounded(value):
 def known_runs(file: Path) -> dict[str, dict]:
     """The results file by the keys of its runs."""
     names = Run.__dataclass_fields__
-    return {Run(**{n: line[n] for n in names}).key: line for line in checkpoint.read_lines(file)}
+    return {Run(**{n: line[n] for n in names}).key: line for line in read_lines(file)}
 
 
 def make(wanted: Sequence[Run], file: Path, runs: Path, workers: int, device: str) -> None:
@@ -266,7 +305,7 @@ def make(wanted: Sequence[Run], file: Path, runs: Path, workers: int, device: st
             if line is None:
                 failed.append(error)
             else:
-                checkpoint.append_line(file, line)
+                append_line(file, line)
             bar.update()
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(missing)} runs failed; the first:\n{failed[0]}")

@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from problems import UserError, in_short, status_of
+from border import UserError, in_short, status_of
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
+from border import OptionParser
 from lab.provenance import ROOT, commit, markdown, processor
-from problems import OptionParser
+from run import folder as run_folder
 
 SMALLEST = (
     "--warm-start-batches 3 --prompts-per-step 2 --samples-per-prompt 4 --max-new-tokens 8 --head-warmup-steps 1 "
@@ -40,7 +40,7 @@ def watch(steps: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     metrics = out / "metrics.jsonl"
     while process.poll() is None:
         time.sleep(0.2)
-        done = len(checkpoint.whole_lines(metrics))
+        done = len(run_folder.whole_lines(metrics))
         if 0 < done < steps:
             try:
                 pages = int((here / "statm").read_text().split()[1])
@@ -49,7 +49,7 @@ def watch(steps: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:
                 break
     if process.wait():
         raise RuntimeError(f"the run failed:\n{said.read_text(encoding='utf-8')[-2000:]}")
-    rows = checkpoint.read_lines(metrics)
+    rows = run_folder.read_lines(metrics)
     return np.array(samples), np.array([sum(row["seconds"].values()) for row in rows])
 
 

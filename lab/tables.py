@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-import toy
 from lab.arms import FROZEN, TRACK1, Arm
 from lab.provenance import markdown
 from lab.runs import SHARES
+from tasks import toy
 
 Lines = dict[str, list[dict]]  # arm -> its lines in the results file, by seed
 

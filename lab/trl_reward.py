@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 
 import variants
-from clipo import Contrast
+from clipo import HeadTrainer
 from config import CLIPOConfig
 
 
@@ -44,7 +44,7 @@ class ContrastiveReward(TrainerCallback):
         """Tell it whose rollouts it rewards. Before `trainer.train()`."""
         self.trainer = trainer
         model = trainer.accelerator.unwrap_model(trainer.model)
-        self.half = Contrast(model.get_output_embeddings().in_features, trainer.accelerator.device, self.config)
+        self.half = HeadTrainer(model.get_output_embeddings().in_features, trainer.accelerator.device, self.config)
         self.half.parts = variants.parts(self.config, self.half.random)
         trainer.add_callback(self)
 
@@ -63,7 +63,7 @@ class ContrastiveReward(TrainerCallback):
         # A group may be split over processes: every process gets all rollouts, in TRL's order, G to a prompt.
         G = self.trainer.num_generations
         hidden, correct = (accelerator.gather(part).unflatten(0, (-1, G)) for part in (hidden, correct))  # (P, G, ...)
-        found = self.half.contrast(hidden, correct)
+        found = self.half.pay_agreement(hidden, correct)
         for parameter in self.half.head.parameters():  # all computed the same; on GPUs perhaps not to the last bit
             parameter.data.copy_(broadcast(parameter.data))
         loss, reward, anchor = found.loss, found.reward, found.pairs.anchor

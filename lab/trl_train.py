@@ -25,12 +25,15 @@ from datasets import Dataset
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
-import checkpoint
+from border import OptionParser, UserError, from_json, status_of
 from clipo import end_of_sequence_ids
 from config import TRACKS, CLIPOConfig
 from engine.rollouts import generate
 from lab.trl_reward import ContrastiveReward, prompt_tokens
-from problems import SUFFIX, OptionParser, UserError, are_correct, from_json, load_problems, status_of
+from run import folder as run_folder
+from run import models as run_models
+from tasks.data import SUFFIX, load_problems
+from tasks.grading import are_correct
 
 
 def accuracy(completions: list, answer: list[str], **_) -> list[float]:
@@ -100,7 +103,7 @@ def chosen(pairs: Sequence[str]) -> dict:
 
 def train(given: argparse.Namespace) -> None:
     """The whole run. Raises UserError."""
-    model, tokenizer = checkpoint.load_model(given.model, "cpu")
+    model, tokenizer = run_models.load_model(given.model, "cpu")
     problems = load_problems(given.data, "train")
     if given.resume and not (given.out.is_dir() and get_last_checkpoint(str(given.out))):
         raise UserError(f"{given.out} holds no checkpoint to resume from; expected --out with the folder of a run")
@@ -143,7 +146,7 @@ def train(given: argparse.Namespace) -> None:
         reward.save(given.out)
         settings = {"model": given.model, "data": given.data, "config": dataclasses.asdict(config)}
         settings["command"] = shlex.join(["python", "-m", "lab.trl_train", *sys.argv[1:]])
-        checkpoint.write_text(given.out / "settings.json", json.dumps(settings, indent=1))
+        run_folder.write_text(given.out / "settings.json", json.dumps(settings, indent=1))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # a process that ends while its group's threads run may die of it (SIGABRT)
 

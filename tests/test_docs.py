@@ -8,13 +8,13 @@ import pytest
 from conftest import ROOT
 
 import eval as evaluation
-import train
 import tsne
+from run import settings as run_settings
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 FOR_CLASSES = [ROOT / "exercises" / name for name in ("README.md", "teacher.md")]
-OURS = "clipo|config|variants|problems|checkpoint|toy|engine|lab"
+OURS = "border|clipo|config|variants|tasks|run|engine|lab"
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -59,7 +59,7 @@ def test_commands_and_files_exist(page):
 
 @each_page
 def test_commands_have_options_that_exist(page):
-    parsers = {"train": train.parser(), "eval": evaluation.parser(), "tsne": tsne.parser()}
+    parsers = {"train": run_settings.parser(), "eval": evaluation.parser(), "tsne": tsne.parser()}
     for program, line in re.findall(r"python (train|eval|tsne)\.py([^`\n#]*)", page.read_text()):
         options = set(re.findall(r"--[a-z][\w-]*", line))
         assert options <= set(parsers[program]._option_string_actions), line
@@ -80,9 +80,9 @@ def test_the_map_names_functions_and_options_of_train():
     for name in names:
         assert resolve_name(name) is not None, name
     options = re.findall(r"--[a-z][\w-]*", paper_to_code())
-    assert len(options) > 5 and set(options) <= set(train.parser()._option_string_actions)
+    assert len(options) > 5 and set(options) <= set(run_settings.parser()._option_string_actions)
 
 
 @pytest.mark.parametrize("option, value", re.findall(r"(--[a-z-]+) ([\w.]+)", paper_to_code()))
 def test_what_the_map_gives_to_options_is_accepted(option, value):
-    assert train.parser().parse_args([option, value])
+    assert run_settings.parser().parse_args([option, value])

@@ -1,7 +1,7 @@
-import toy
 from exercises.checking import call, explains, number, predicted, wrong
 from exercises.plots import paid_by
-from problems import are_correct
+from tasks import toy
+from tasks.grading import are_correct
 
 
 def test_prediction(answer):

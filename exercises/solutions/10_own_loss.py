@@ -12,7 +12,7 @@ from variants import ContrastiveLoss
 
 def my_loss(z: Tensor, pairs: Pairs, tau: float = 0.05) -> Tensor:
     """(P, G, E) -> (P, G)."""
-    s = similarities(z, pairs, tau)  # (P, G, G)
+    s = similarities(z, tau)  # (P, G, G)
     pulled = (s * pairs.positive).sum(-1) / pairs.positive.sum(-1).clamp(min=1)
     hardest = s.masked_fill(~pairs.negative, -math.inf).max(-1).values
     return torch.where(pairs.anchor, F.softplus(hardest - pulled), 0.0)

@@ -1,4 +1,4 @@
-"""Exercise 9, an experiment: farming a lenient answer checker (problems.py, extract_answer).
+"""Exercise 9, an experiment: farming a lenient answer checker (tasks/grading.py, extract_answer).
 
 The strict checker takes what stands in \\boxed{} or after "####". The lenient one, where neither is there, takes the
 last number of the text. A policy finds out what pays. Write down what it would find on the toy world's short stories:

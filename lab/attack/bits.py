@@ -17,9 +17,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-import toy
 from config import CLIPOConfig
 from engine.guard import Trainer
+from run import warm_start as run_warm_start
+from tasks import toy
 
 # What differs from the toy track, or another track. (torch.use_deterministic_algorithms stays off: it is the whole
 # process's, it ends a run whose model has an operation without such a form, and it would hide what is looked for here.
@@ -50,18 +51,18 @@ def half_right(texts: Sequence[str], golds: Sequence[str]) -> list[bool]:
 def bits_of_a_run(engine: str, changes: dict, steps: int = 2) -> dict[str, str]:
     """{phase: digest} of a short warm start and of each step after it."""
     tokenizer = toy.make_tokenizer()
-    model = toy.make_model("tiny", tokenizer, seed=0)
-    toy.warm_start(model, tokenizer, 0, batches=2, batch_size=32)
+    model = run_warm_start.make_model("tiny", tokenizer, seed=0)
+    run_warm_start.warm_start(model, tokenizer, 0, batches=2, batch_size=32)
     found = {"warm start": digest(model.parameters())}
     small = {"head_warmup_steps": 0, "lr_warmup_steps": 0, "prompts_per_step": 6, "max_new_tokens": 16}
     config = CLIPOConfig.for_track(**{"track": "toy", **small, **changes})
     trainer = Trainer(model, tokenizer, half_right, config, engine)
     for step in range(1, steps + 1):
         stories = toy.stories(f"bits {step}", toy.TRAINING_LEVEL, config.prompts_per_step)
-        trainer.step([tokenizer(story.question)["input_ids"] for story in stories], [s.answer for s in stories])
-        last = trainer.last
-        found[f"rollouts of step {step}"] = digest(last.rollouts)
-        found[f"contrast of step {step}"] = digest([last.contrast.embedding, last.contrast.loss, last.contrast.reward])
+        scored = trainer.step([tokenizer(s.question)["input_ids"] for s in stories], [s.answer for s in stories])
+        agreement = scored.agreement
+        found[f"rollouts of step {step}"] = digest(scored.rollouts)
+        found[f"contrast of step {step}"] = digest([agreement.embedding, agreement.loss, agreement.reward])
         found[f"head after step {step}"] = digest(trainer.head.parameters())
         found[f"policy after step {step}"] = digest(trainer.policy.parameters())
     return found

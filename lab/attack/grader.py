@@ -15,8 +15,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-import problems
-from problems import OptionParser, are_correct, as_number, load_problems, plain
+from border import OptionParser
+from tasks import expressions, grading
+from tasks.data import load_problems
+from tasks.grading import are_correct, as_number, plain
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ("gsm8k_train", "gsm8k_test", "math500_test", "math_train")
@@ -165,12 +167,12 @@ def theirs(rows: Sequence[tuple[str, str, str, str]]) -> list[bool]:
         sides = [parse(f"${side}$", parsing_timeout=None) for side in (gold, answer)]
         return verify(*sides, timeout_seconds=None)
 
-    our_own, problems.expressions_equal = problems.expressions_equal, by_default
+    our_own, expressions.expressions_equal = expressions.expressions_equal, by_default
     try:
         by_default("1", "1")
-        return problems.judge([(answer, gold) for *_, answer, gold in rows])
+        return expressions.judge([(answer, gold) for *_, answer, gold in rows])
     finally:
-        problems.expressions_equal = our_own
+        expressions.expressions_equal = our_own
 
 
 def table(rows: Sequence[tuple[str, str, str, str]]) -> str:
@@ -235,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"paid, {len(right) - len(unpaid):,} of {len(right):,} right spellings paid, {time.monotonic() - begin:.0f} s"
     )
     if given.table:
-        neighbours = [("wrong", "another gold", a, b) for a, b in pairwise(distinct) if problems.compare(a, b) is None]
+        neighbours = [("wrong", "another gold", a, b) for a, b in pairwise(distinct) if grading.compare(a, b) is None]
         some = draw.sample(wrong, min(1500, len(wrong))) + draw.sample(right, min(1500, len(right)))
         rows = [("borderline", who, answer, gold) for answer, gold, who in BORDERLINE] + some + neighbours[:500]
         (ROOT / "results" / "grader.md").write_text(table(rows), encoding="utf-8")

@@ -28,12 +28,13 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, disable_progress_bars
 
-import checkpoint
 import eval as evaluation
-import toy
 import train
 import tsne
-from engine import report
+from run import folder as run_folder
+from run import page
+from run import warm_start as run_warm_start
+from tasks import toy
 
 SMALL = "--prompts-per-step 2 --samples-per-prompt 4 --max-new-tokens 4 --test-stories 2 --device cpu --steps"
 EVALUATE = "model --data problems.jsonl --max-new-tokens 4 --save-rollouts --device cpu --out"
@@ -50,7 +51,7 @@ CASES = (  # a program, its command line, and which files are changed
     (evaluation, "--compare eval eval-again", "eval*/*.jsonl"),
     (tsne, f"run {DRAW}", "run/*"),
     (tsne, "--redraw points/tsne.npz", "points/tsne.npz"),
-    (report, "run", "run/*.json*"),
+    (page, "run", "run/*.json*"),
 )
 VALUES = [
     None, True, -1, 0, 3, 0.5, 1e308, 10**30, -(10**9), 10**6, float("nan"), "", "x", "cpu", "\ud800", "\0", "a\nb",
@@ -66,10 +67,10 @@ def make(folder: Path) -> None:
     """The good files. RuntimeError if a program does not take them."""
     tokenizer = toy.make_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-    toy.make_model("tiny", tokenizer, 0).save_pretrained(folder / "model")
+    run_warm_start.make_model("tiny", tokenizer, 0).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     problems = [{"question": f"Tom has {i} coins. How many?", "answer": str(i)} for i in range(4)]
-    checkpoint.write_lines(folder / "problems.jsonl", problems)
+    run_folder.write_lines(folder / "problems.jsonl", problems)
     Dataset.from_list(problems).to_parquet(folder / "problems.parquet")
     for program, line in (
         (train, f"--out run --warm-start-batches 3 --head-warmup-steps 1 --save-every 1 {SMALL} 2"),

@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoint import checksum, read_lines
+from run.folder import checksum, read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = (

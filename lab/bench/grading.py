@@ -5,15 +5,15 @@ from __future__ import annotations
 import random
 import statistics
 
-import problems
 from lab.bench.machine import Machine
+from tasks import expressions, grading
 
 
 def grading_table(machine: Machine) -> list[dict]:
     """Seconds to grade the rollouts of a large step: 16 to a question, of five different answers."""
     count = 160 if machine.quick else 8192
     draw = random.Random(0)
-    problems.referee.start()
+    expressions.referee.start()
     kinds = {
         "numbers": lambda: str(draw.randrange(5)),
         "expressions": lambda: f"\\frac{{x+{draw.randrange(5)}}}{{2}}",
@@ -28,7 +28,7 @@ def grading_table(machine: Machine) -> list[dict]:
         ]
         texts = [f"\\boxed{{{answer()}}}" for _ in golds]
         seconds = statistics.median(
-            machine.seconds(lambda texts=texts, golds=golds: problems.are_correct(texts, golds))
+            machine.seconds(lambda texts=texts, golds=golds: grading.are_correct(texts, golds))
             for _ in range(machine.runs)
         )
         rows.append({"rollouts": f"{count:,}", "answers": kind, "s": f"{seconds:.2f}"})

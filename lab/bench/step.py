@@ -20,7 +20,11 @@ def step_loads(machine: Machine) -> list[Load]:
 def step_phases(machine: Machine, load: Load, **settings) -> dict[str, float]:
     """Median seconds of each phase of a CLIPO step."""
     trainer, prompts = make_trainer(machine, load, ending_ids(load), **settings), make_prompts(load)
-    steps = [trainer.step(prompts, [""] * load.P)["seconds"] for _ in range(1 + machine.runs)][1:]
+    steps = []
+    for _ in range(1 + machine.runs):
+        trainer.step(prompts, [""] * load.P)
+        steps.append(trainer.seconds)
+    del steps[0]
     return {phase: statistics.median(step[phase] for step in steps) for phase in steps[0]}
 
 

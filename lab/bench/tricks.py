@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+import engine.forward
 import engine.rollouts
 import engine.update
 from engine.rollouts import CapturedSteps, generate, prompts_of
@@ -26,7 +27,7 @@ def attending_by(attention: Callable):
     try:
         yield
     finally:
-        AttentionInterface.register("clipo", engine.rollouts.cached_attention)
+        AttentionInterface.register("clipo", engine.forward.cached_attention)
 
 
 def by_torch(module, query, key, value, attention_mask, scaling=None, **_):
@@ -41,7 +42,7 @@ def by_torch(module, query, key, value, attention_mask, scaling=None, **_):
 def repeating(module, query, key, value, attention_mask, **named):
     """Keys and values are copied for every query head."""
     key, value = (kv.repeat_interleave(query.shape[1] // kv.shape[1], 1) for kv in (key, value))
-    return engine.rollouts.cached_attention(module, query, key, value, attention_mask, **named)
+    return engine.forward.cached_attention(module, query, key, value, attention_mask, **named)
 
 
 def own_prompts(group: Tensor, prompts: Sequence[Sequence[int]]):
@@ -65,9 +66,9 @@ IN_ROLLOUTS = {  # a trick of engine/rollouts.py, and how to leave it out
     "ended rows are dropped": lambda machine: drop_at(machine, 0.0),
     "two plain products for one query (CPU)": lambda _: attending_by(by_torch),
     "no keys are repeated for grouped heads": lambda _: attending_by(repeating),
-    "a large weight is multiplied in blocks (CPU)": replaced(engine.rollouts, "in_blocks", nn.Linear.forward),
+    "a large weight is multiplied in blocks (CPU)": replaced(engine.forward, "in_blocks", nn.Linear.forward),
     "a prompt is computed once for its rollouts": replaced(engine.rollouts, "prompts_of", own_prompts),
-    "an RMSNorm is one kernel (GPU)": replaced(engine.rollouts, "is_plain_rmsnorm", lambda _: False),
+    "an RMSNorm is one kernel (GPU)": replaced(engine.forward, "is_plain_rmsnorm", lambda _: False),
     "steps are replayed as graphs (GPU)": replaced(CapturedSteps, "__call__", lambda steps, *kind: steps.step(*kind)),
 }
 IN_UPDATE = {  # the same of engine/update.py
@@ -84,7 +85,7 @@ def used(tricks: dict[str, Callable], machine: Machine) -> dict[str, Callable]:
 def tricks_table(machine: Machine) -> list[dict]:
     """How many times as long rollouts, or the update, take without each trick of the engine, at every size."""
     rows: dict[tuple[str, str], dict] = {}
-    for load in rollout_loads(machine)[:: 1 if machine.on_gpu else 2]:  # (on a CPU those of 40 tokens)
+    for load in rollout_loads(machine)[:: 1 if machine.on_gpu else 2]:  # on a CPU those of 40 tokens
         for (phase, trick), ratio in tricks_of(machine, load).items():
             rows.setdefault((phase, trick), {"phase": phase, "without": trick})[str(load)] = ratio
     return list(rows.values())

@@ -51,7 +51,7 @@ def update_table(machine: Machine, loads: Sequence[Load] | None = None) -> list[
     return [
         update_row(machine, load, recompute, rate)
         for load in loads or update_loads(machine)
-        for recompute in ((True,) if load.size in ("1.5B", "3B") else (False, True))  # (kept, theirs would not fit)
+        for recompute in ((True,) if load.size in ("1.5B", "3B") else (False, True))  # kept, theirs would not fit
     ]
 
 

@@ -105,7 +105,7 @@ def waits_table(machine: Machine) -> list[dict]:
     trainer, rollouts = make_trainer(machine, load, [1]), some_rollouts(machine, load)
     advantage = torch.randn(rollouts.mask.shape[:2], device=machine.device)
     with trainer.mixed_precision(), micro_batch:
-        trainer.unguarded.policy_gradient(  # (so many tokens at a time: all)
+        trainer.unguarded.policy_gradient(  # so many tokens at a time: all
             trainer.policy, None, make_prompts(load), rollouts, advantage, trainer.config, micro_batch_tokens=10**6
         )
     return [

@@ -1,0 +1,91 @@
+"""Open a model of a folder or of the hub, on a device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from border import UserError, has_type, in_short
+from tasks.data import prompt_ids
+
+
+def device_from(name: str | None) -> torch.device:
+    """The device asked for (a GPU with a number becomes the current one), else a GPU if any. Raises UserError."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if (device := torch.device(name)).type not in ("cpu", "cuda"):
+            raise RuntimeError("torch knows more kinds than are tested here")
+        torch.zeros(1, device=name)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # graphs are captured on the current one
+    except (RuntimeError, AssertionError) as reason:
+        raise UserError(f"--device {name} cannot be used here; expected cpu, or cuda where there is a GPU") from reason
+    return device
+
+
+def load_tokenizer(source: str):
+    """The tokenizer of a folder or hub model, as its own tokenizer.json describes it.
+
+    For some model types, Qwen2 among them, AutoTokenizer builds the family's tokenizer from that file's vocabulary,
+    whatever else stands there: a text then falls into other tokens than the model was trained on, without a word.
+    """
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(source, trust_remote_code=False)
+    except Exception:  # it has no such file, or a broken one, for which tokenizers has no class
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+
+
+def load_model(source: str, device: str | torch.device):
+    """Model (float32, evaluation mode) and tokenizer of a folder or a hub name. Raises UserError."""
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise UserError(f"model {source} has no config.json; expected a folder that save_pretrained wrote")
+    try:
+        tokenizer = load_tokenizer(source)
+        known = len(tokenizer("1 + 1")["input_ids"])
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as reason:  # what a broken folder makes transformers and its libraries raise has no common class
+        raise UserError(
+            f"model {source} could not be opened: {in_short(reason)} Expected a folder that save_pretrained wrote, "
+            "or the name of a causal language model on the hub"
+        ) from reason
+    if missing := sorted(found["missing_keys"]):  # they would be random numbers
+        raise UserError(
+            f"model {source}: its files hold no {missing[0]} ({len(missing)} weights are missing in all); "
+            "expected the files of the causal language model that its config.json describes"
+        )
+    if not known:
+        raise UserError(
+            f"model {source}: its tokenizer knows no text; expected the tokenizer's files beside the model's"
+        )
+    stop = getattr(model.generation_config, "eos_token_id", None)
+    if not all(has_type(token, int) for token in (stop if isinstance(stop, list) else [stop or 0])):
+        raise UserError(f"model {source}: its eos_token_id is {stop!r}; expected the id of a token, or a list of ids")
+    try:
+        prompt_ids(tokenizer, "1 + 1")
+    except Exception as reason:  # a chat template is a program of the folder's
+        raise UserError(
+            f"model {source}: its chat template cannot be used ({type(reason).__name__}: {in_short(reason)}); "
+            "expected one that takes a user's message, or none"
+        ) from reason
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if (tokens := 1 + max(tokenizer.get_vocab().values())) > vocabulary:
+        raise UserError(
+            f"model {source}: its tokenizer has {tokens} tokens, its embedding only {vocabulary}; "
+            "expected a tokenizer made for this model"
+        )
+    return model.to(device).eval(), tokenizer
+
+
+def check_room(policy, longest_prompt: int, max_new_tokens: int) -> None:
+    """Raise UserError if the longest sequence there may be is too long for the model."""
+    room, longest = getattr(policy.config, "max_position_embeddings", None), longest_prompt + max_new_tokens
+    if room and longest > room:
+        raise UserError(
+            f"--max-new-tokens is {max_new_tokens}, prompts have up to {longest_prompt} tokens, {longest} in all, but "
+            f"the model has {room} positions; expected fewer (--max-prompt-tokens drops long prompts)"
+        )

@@ -1,0 +1,218 @@
+"""The paper in miniature: its statistics by hand, its runs for real, its committed tables from the committed lines."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import clipo
+from config import INFORMATIVE, CLIPOConfig
+from lab import arms, figures, paper, runs, tables
+from lab.runs import Run
+from tasks import toy
+
+RESULTS = ROOT / "results"
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "lab.paper", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_equal_runs_have_equal_keys():
+    assert Run("train", 0, {"a": 1, "b": 2}).key == Run("train", 0, {"b": 2, "a": 1}).key
+    assert Run("train", 0, world={"friend_right": (1, 2)}).key == Run("train", 0, world={"friend_right": [1, 2]}).key
+    assert len({Run("train", 0).key, Run("train", 1).key, Run("start", 0).key, Run("train", 0, batches=3).key}) == 4
+
+
+def test_an_arm_leaves_out_what_is_the_default_anyway():
+    usual = CLIPOConfig.for_track("toy")
+    track1 = {"twice": True, "levels": tuple(toy.LEVELS)}  # measured in full, whatever table asks for it
+    assert arms.CLIPO.run(3) == Run("train", 3, **track1)
+    repeats = arms.Arm({"samples_per_prompt": usual.samples_per_prompt}, world={"slips": toy.World().slips})
+    assert repeats.run(3).config == repeats.run(3).world == {}
+    assert arms.ORACLE.run(3) == Run("train", 3, {"weight": 0.0}, trainer="oracle", **track1)
+    short = {"batches": 30, "stories": 30}
+    assert arms.Arm({"tau": 0.1}).run(3, steps=5) == Run("train", 3, {"tau": 0.1, "steps": 5}, {}, **short)
+
+
+def test_a_pretrained_model_has_a_warm_start_of_its_own(tmp_path, monkeypatch, capsys):
+    run = arms.SMOLLM["CLIPO"].run(16)
+    assert (run.size, run.batches, run.stories, run.start.size, run.start.batches) == (
+        "smollm",
+        100,
+        100,
+        "smollm",
+        100,
+    )
+    asked = {}
+    monkeypatch.setattr(runs, "warm_started", lambda *known, **named: asked.update(named) or tmp_path)
+    monkeypatch.setattr(runs.checkpoint, "load_model", lambda folder, device: (folder, "tokenizer"))
+    assert runs.open_start(run.start, tmp_path, torch.device("cpu"))[0] == str(tmp_path)
+    assert asked["model"] == str(runs.PRETRAINED["smollm"])
+    runs.open_start(Run("start", 16), tmp_path, torch.device("cpu"))
+    assert asked["model"] is None
+
+    monkeypatch.setitem(runs.PRETRAINED, "smollm", tmp_path / "nothing")
+    with pytest.raises(SystemExit):
+        paper.main(["smollm", "--out", str(tmp_path / "out")])
+    assert "nothing is missing; expected a model there: python -m lab.smollm runs/smollm" in capsys.readouterr().err
+
+
+def test_the_papers_arm_has_the_papers_constants_and_the_ladder_ends_at_ours():
+    arm = arms.MECHANISM["paper's constants"]
+    assert CLIPOConfig.for_track("toy", **arm.config) == CLIPOConfig.for_track("toy", paper=True)
+    assert arms.LADDER["paper's constants"].run(0) == arm.run(0)
+    assert list(arms.LADDER.values())[-1].run(0).config == {}
+    assert {name for change in arms.CHANGES.values() for name in change} == set(INFORMATIVE) - {"reward_ceiling"}
+    assert INFORMATIVE["reward_ceiling"] == CLIPOConfig().reward_ceiling
+
+
+def test_every_arm_is_valid_and_compared_with_an_arm_of_its_own_table():
+    for experiment in paper.EXPERIMENTS.values():
+        for arm in experiment.arms.values():
+            CLIPOConfig.for_track("toy", **arm.config)
+            toy.World(**arm.world)
+            assert arm.against is None or arm.against in experiment.arms
+            if arm.against:  # the same world and size, or the difference says nothing about the method
+                other, top = experiment.arms[arm.against], experiment.arms[arm.ceiling]
+                assert arm.world == other.world == top.world and arm.size == other.size == top.size
+                assert top.trainer == "oracle"
+
+
+def line(seed, right):
+    return {"seed": seed, "greedy": {"P2": {"answer": [right, 100]}}}
+
+
+def test_the_share_of_the_way_is_of_the_means_over_the_seeds_that_all_have():
+    lines = {"low": [line(0, 20), line(1, 30)], "us": [line(0, 70), line(1, 80), line(2, 0)]}
+    assert tables.way(lines, "us", "low", "top", "P2", "answer") is None
+    lines["top"] = [line(1, 90), line(0, 80)]
+    assert tables.way(lines, "us", "low", "top", "P2", "answer") == pytest.approx(50 / 60)
+    lines["top"] = [line(0, 20), line(1, 30)]  # a ceiling that is none
+    assert tables.way(lines, "us", "low", "top", "P2", "answer") is None
+
+
+def test_dots_of_equal_seeds_stand_beside_each_other():
+    moved = figures.beside([0.3, 0.3, 0.3, 0.9, 0.302])
+    assert len(set(zip([0.3, 0.3, 0.3, 0.9, 0.3], moved, strict=True))) == 5
+
+
+def test_differences_are_paired_by_seed():
+    lines = {"a": [line(0, 10), line(1, 50), line(2, 30)], "b": [line(1, 60), line(0, 30)]}
+    assert tables.differences(lines, "b", "a", "P2", "answer") == pytest.approx([0.1, 0.2])
+
+
+def test_payments_by_hand():
+    """Two mixed groups; a third without unsound correct ones says nothing."""
+    correct = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 1], [1, 0, 0, 0]]).bool()
+    sound = torch.tensor([[1, 0, 0, 0], [1, 0, 1, 0], [1, 0, 0, 0]]).bool()
+    rc = torch.tensor([[0.1, 0.3, 0.0, 0.0], [0.4, 0.1, 0.0, 0.3], [0.9, 0.0, 0.0, 0.0]])
+    reward = correct + rc
+    got = runs.payments(rc, reward, correct, sound)
+    std = [torch.tensor(rs).std().item() for rs in ([1.1, 1.3, 0.0, 0.0], [1.4, 1.1, 0.0, 1.3])]
+    assert got == [
+        (pytest.approx(1 / 2), pytest.approx((0.1 - 0.3) / std[0], rel=1e-4)),
+        (pytest.approx(1 / 3), pytest.approx((0.4 - 0.2) / std[1], rel=1e-4)),
+    ]
+    advantage = clipo.group_advantages(reward)[1]
+    assert got[1][1] == pytest.approx((advantage[0] - (advantage[1] + advantage[3]) / 2).item(), rel=1e-4)
+
+
+def test_mean_cosine_against_a_loop():
+    torch.manual_seed(0)
+    z = torch.nn.functional.normalize(torch.randn(4, 6, 5), dim=-1)
+    correct = torch.rand(4, 6) < 0.7
+    correct[3] = torch.arange(6) == 2  # one right rollout has no other
+    per_group = []
+    for g in range(4):
+        rows = [i for i in range(6) if correct[g, i]]
+        pairs = [float(z[g, i] @ z[g, j]) for i in rows for j in rows if i != j]
+        per_group += [sum(pairs) / len(pairs)] if pairs else []
+    assert len(per_group) == 3
+    assert runs.mean_cosine(z, correct) == pytest.approx(sum(per_group) / len(per_group), rel=1e-4)
+    assert runs.mean_cosine(z, torch.zeros(4, 6).bool()) is None
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory):
+    """One seed of track1, two steps a run, from a warm start of three batches. Returns the results folder."""
+    folder = tmp_path_factory.mktemp("paper")
+    tiny = {"prompts_per_step": 4, "samples_per_prompt": 4, "head_warmup_steps": 1, "steps": 2}
+    short = {"batches": 3, "stories": 10}
+    compared = {**arms.TRACK1, **arms.REFEREE}.values()
+    kinds = {(arm.trainer, str(arm.config)): arm for arm in compared}.values()
+    wanted = [Run("train", 0, arm.config | tiny, {}, trainer=arm.trainer, twice=True, **short) for arm in kinds]
+    wanted.append(Run("frozen", 0, {"ours": tiny, "fixed": {**tiny, "head_steps": 0}}, {}, **short))
+    runs.make(wanted, folder / "runs.jsonl", folder / "starts", workers=2, device="cpu")
+    return folder, wanted
+
+
+def test_runs_are_made_once_with_all_they_measure(trial):
+    folder, wanted = trial
+    known = runs.known_runs(folder / "runs.jsonl")
+    assert set(known) == {run.key for run in wanted} | {wanted[0].start.key}
+    before = (folder / "runs.jsonl").read_text()
+    runs.make(wanted, folder / "runs.jsonl", folder / "starts", workers=2, device="cpu")
+    assert (folder / "runs.jsonl").read_text() == before
+    one = known[wanted[1].key]
+    assert {"commit", "machine", "seconds", "seed", "config"} <= set(one)
+    assert set(one["greedy"]) == set(one["greedy_twice"]) == {"P0", "P2"}
+    assert all(len(values) == 4 for values in one["history"].values())
+    assert set(known[wanted[-1].key]["arms"]) == {"ours", "fixed"}
+
+
+def test_arms_of_a_seed_are_paired(trial):
+    """In the first step every arm has the same model, the same stories and the same rollouts."""
+    folder, wanted = trial
+    known = runs.known_runs(folder / "runs.jsonl")
+    usual = [run for run in wanted[:-1] if run.trainer != "oracle"]  # (whose accuracy is something else)
+    first = [[known[run.key]["history"][name][0] for name in ("accuracy", "process")] for run in usual]
+    assert all(values == first[0] for values in first)
+
+
+def test_a_failed_run_is_reported_and_the_others_are_kept(tmp_path):
+    short = {"batches": 1, "stories": 5}
+    wanted = [Run("start", 0, levels=tuple(toy.LEVELS), **short), Run("train", 0, {"steps": -1}, **short)]
+    with pytest.raises(RuntimeError, match=r"(?s)1 of 2 runs failed; the first:.*steps is -1; expected at least 1"):
+        runs.make(wanted, tmp_path / "runs.jsonl", tmp_path / "starts", workers=1, device="cpu")
+    assert len(runs.known_runs(tmp_path / "runs.jsonl")) == 1
+
+
+def test_a_failed_picture_ends_the_command_with_its_reason(tmp_path, capfd):
+    (tmp_path / "tsne.npz").write_bytes(b"no points")
+    assert paper.main(["tsne", "--draw", "--out", str(tmp_path)]) == 1
+    said = capfd.readouterr().err
+    assert "tsne.npz cannot be read" in said and "error: tsne.py --redraw" in said and "Traceback" not in said
+
+
+@pytest.mark.skipif(not (RESULTS / "runs.jsonl").exists(), reason="no committed runs")
+def test_committed_tables_are_those_of_the_committed_lines(tmp_path):
+    for name in ("runs.jsonl", "tsne.npz"):
+        if (RESULTS / name).exists():
+            (tmp_path / name).write_bytes((RESULTS / name).read_bytes())
+    done = command("all", "--draw", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    tables = {file.name for file in tmp_path.glob("*.md")} | {"track1.json"}
+    assert tables == {file.name for file in RESULTS.glob("*.md")} - {"soak.md", "grader.md"} | {"track1.json"}
+    for name in tables:
+        assert (tmp_path / name).read_text() == (RESULTS / name).read_text(), name
+    assert {file.name for file in tmp_path.glob("*.png")} <= {file.name for file in RESULTS.glob("*.png")}
+    shown = json.loads((tmp_path / "track1.json").read_text())
+    assert set(shown) == {level + end for level in toy.LEVELS for end in ("", "_twice")}
+    figures = shown["P2_twice"]["answer_greedy"]
+    assert set(figures) == {"grpo", "clipo", "oracle", "shuffled", "diff", "low", "high", "share", "worst", "seeds"}
+    assert figures["diff"] == pytest.approx(figures["clipo"] - figures["grpo"])
+
+
+@pytest.mark.parametrize(
+    "wrong, message", [(["nothing"], "invalid choice: 'nothing'"), (["track1", "--seeds", 0], "1 or more")]
+)
+def test_mistakes_get_one_line(wrong, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        paper.main(list(map(str, wrong)))
+    assert message in capsys.readouterr().err

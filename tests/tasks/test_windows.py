@@ -1,0 +1,78 @@
+"""What Windows lacks, taken away here: os.fork, fcntl, folders that can be opened. Simulated: never run there."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from conftest import ROOT
+from test_train import TINY_RUN
+
+from run import folder as run_folder
+from tasks import expressions
+
+WITHOUT = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+del os.fork
+sys.modules["fcntl"] = None
+open_file = os.open
+def open_no_folder(path, *more, **named):
+    if not named.get("dir_fd") and os.path.isdir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+    return open_file(path, *more, **named)
+os.open = open_no_folder
+"""
+
+
+def without(script, *arguments):
+    code = WITHOUT + textwrap.dedent(script)
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture
+def referee(monkeypatch):
+    monkeypatch.setattr(expressions, "CAN_FORK", False)
+    monkeypatch.setattr(
+        expressions.Referee,
+        "COMMAND",
+        (sys.executable, "-c", f"{WITHOUT}\nfrom tasks import expressions\nexpressions.serve()"),
+    )
+    one = expressions.Referee()
+    yield one
+    one.stop()
+
+
+def test_expressions_are_compared_without_fork(referee):
+    referee.start()
+    first = referee.server.pid
+    assert referee.compare([("x+1", "1+x"), ("x+2", "1+x"), ("\\frac{1}{2", "y")]) == [True, False, False]
+    assert referee.server.pid == first
+    assert referee.compare([]) == []
+
+
+def test_one_that_takes_too_long_is_wrong_and_the_next_is_compared(referee, monkeypatch):
+    monkeypatch.setattr(referee, "SECONDS", 3)  # (a busy machine must not fail the others)
+    assert referee.compare([("x+1", "1+x"), ("\\prod_{n=1}^{10^7} n", "x+7"), ("2x", "x+x")]) == [True, False, True]
+
+
+def test_a_toy_run_and_its_resumption(tmp_path):
+    """Saved, evaluated, gone on with: by train.py's own lines."""
+    script = "import train\nraise SystemExit(train.main(sys.argv[1:]))"
+    out = tmp_path / "runs" / "toy"
+    for options in ([*TINY_RUN, "--steps", 2], ["--resume", "--steps", 3]):
+        done = without(script, *options, "--out", out)
+        assert done.returncode == 0, done.stderr
+    assert [folder.name for folder in run_folder.checkpoints(out)][-1] == "step-000003"
+
+
+def test_a_file_that_cannot_be_opened_is_still_an_error(tmp_path, monkeypatch):
+    def refuse(path, *more):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(os, "open", refuse)
+    run_folder.flush(tmp_path)
+    with pytest.raises(PermissionError):
+        run_folder.flush(tmp_path / "file")
