@@ -5,7 +5,7 @@
     precision  matrix products in bfloat16 over float32 weights, where the settings ask for it
     time       of each phase of a step
 
-`Trainer` is what train.py trains with. With the plain parts it changes no bit (tests/engine/test_plain_equals_engine.py).
+`Trainer` is what train.py trains with. With the plain parts it changes no bit; tests/engine holds it to that.
 """
 
 from __future__ import annotations

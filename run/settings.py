@@ -173,7 +173,7 @@ def settings_of_run(given: dict, out: Path) -> Settings:
 def default_out(settings: Settings) -> Path:
     """runs/NAME, a different one for each kind of run: NAME names the subject and every setting that is not usual.
 
-    How long a run is (--steps), and what changes its speed alone, makes no other kind. A checksum stands for many words.
+    How long a run is, and what changes its speed alone, makes no other kind. A checksum stands for many words.
     """
     config, loss = settings.config, settings.config.policy_loss
     usual = CLIPOConfig.for_track(settings.track, paper=settings.paper, policy_loss=loss)
