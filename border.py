@@ -183,3 +183,8 @@ def check_attends_to_all(model) -> None:
             f"{config.model_type}: clipo.py serves layers that attend to all tokens before, without window or softcap; "
             "use the engine (--engine fast)"
         )
+    if (attention := getattr(config, "_attn_implementation", "sdpa")) not in ("sdpa", "clipo"):
+        raise NotImplementedError(
+            f"{config.model_type}: its attention is {attention!r}, which adds the True and False of clipo.py's mask as "
+            'numbers; open the model with attn_implementation="sdpa", or use the engine (--engine fast)'
+        )

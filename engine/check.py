@@ -1,50 +1,101 @@
-"""Can this model be served? Found out once, before any rollout, by comparison with a plain forward pass."""
+"""Can this model be served? Found out once, before any rollout, by comparison with plain forward passes.
+
+Some architectures keep other state than keys and values, count positions in their own way, look back no further than a
+window, or scale their logits. Two sequences of different length, longer than any window, tell, whatever the reason.
+"""
 
 from __future__ import annotations
 
-from weakref import WeakSet
+from collections.abc import Iterator
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
+import clipo
+from border import check_attends_to_all
+from clipo import Rollouts, in_float32
 from engine.forward import KVCache, last_states, output_logits, prefill, serving
+from engine.update import response_logprobs
 
-checked_models: WeakSet = WeakSet()
+checked_models: WeakKeyDictionary = WeakKeyDictionary()  # model -> the engines that serve it
+LONGEST_WINDOW = 2048  # that is tried out; the engine knows the usual windows, and serves them whatever their length
 
 
-def check_model(model) -> None:
-    """Once per model: do prefill and decode with our cache give the logits of a plain forward pass? Else an error.
+def check_model(model, engine: str = "fast") -> None:
+    """Do prefill, decode and the update of an engine give the numbers of a plain forward pass? Else an error.
 
-    Some architectures keep other state than keys and values, count positions in their own way or scale their
-    logits. Two prompts of different length and two decode steps tell, whatever the reason, before any rollout.
+    Raises NotImplementedError or ValueError, each with the reason in one line.
     """
-    if model in checked_models:
+    if engine in checked_models.get(model, ()):
         return
-    rope = getattr(model.config, "rope_parameters", None) or {}
+    if engine == "plain":
+        check_attends_to_all(model)
+    name, config = type(model).__name__, model.config
+    rope = getattr(config, "rope_parameters", None) or {}
     types = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
     if depends_on_length := types & {"dynamic", "longrope"}:
         raise NotImplementedError(
-            f"{type(model).__name__} cannot be served by KVCache: its rotary embedding ({depends_on_length.pop()}) "
+            f"{name} cannot be served by KVCache: its rotary embedding ({depends_on_length.pop()}) "
             "changes with the longest row of a batch; use a model with another rope_type"
         )
-    vocabulary = model.get_input_embeddings().num_embeddings
-    sequences = [[i % vocabulary for i in ids] for ids in ([3, 1, 4, 1, 5], [9, 2, 6])]
+    sequences = trial_sequences(model)
     with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-        expected = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0] for ids in sequences]
+        expected = [in_float32(model(input_ids=ids[None]).logits[0, -3:]) for ids in sequences]  # (3, V) each
+        scale = max(logits.abs().max().item() for logits in expected)
+        most = (1e-3 if model.dtype == torch.float32 else 0.1) * scale
         try:
-            with serving(model):
-                cache = KVCache(rows=2, slots=5)
-                prefill(model, [ids[:-1] for ids in sequences], cache)
-                for back in (2, 1):  # feed the last token but one, then the last
-                    token = torch.tensor([[ids[-back]] for ids in sequences], device=model.device)
-                    position = torch.tensor([[len(ids) - back] for ids in sequences], device=model.device)
-                    got = output_logits(model, last_states(model, token, position, cache, used=6 - back))[:, 0]
-                    error = max((g - e[-back]).abs().max().item() for g, e in zip(got, expected, strict=True))
-                    scale = max(e.abs().max().item() for e in expected)
-                    if not error <= (1e-3 if model.dtype == torch.float32 else 0.1) * scale:
-                        raise ValueError(f"its logits are off by {error:.2g} (largest logit {scale:.2g})")
+            for what, got, wanted in [
+                *decoded(model, sequences, expected, engine),
+                *updated(model, sequences, expected, engine),
+            ]:
+                off = (in_float32(got) - wanted).abs().max().item()
+                if not off <= most:
+                    raise ValueError(f"its {what} are off by {off:.2g} (largest logit {scale:.2g})")
         except (ValueError, AttributeError, TypeError, RuntimeError, IndexError) as reason:
             raise ValueError(
-                f"{type(model).__name__} cannot be served by KVCache: {reason}. Expected a decoder-only model "
+                f"{name} cannot be served by KVCache: {reason}. Expected a decoder-only model "
                 "that takes position_ids, a 4-D attention_mask and past_key_values, as Qwen2 and Llama do"
             ) from reason
-    checked_models.add(model)
+    checked_models.setdefault(model, set()).add(engine)
+
+
+def trial_sequences(model) -> list[Tensor]:
+    """Two sequences of token ids, longer than every window that the model's settings name and the engine does not."""
+    config, vocabulary = model.config, model.get_input_embeddings().num_embeddings
+    windows = [v for n, v in vars(config).items() if "window" in n and n != "sliding_window" and type(v) is int]
+    room = getattr(config, "max_position_embeddings", None) or LONGEST_WINDOW
+    length = min(max([w for w in windows if w <= LONGEST_WINDOW], default=0) + 16, room)
+    sequences = (torch.arange(length) * 7 + 3, torch.arange(length - 9) * 5 + 9)
+    return [(ids % vocabulary).to(model.device) for ids in sequences]
+
+
+def decoded(model, sequences, expected, engine: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Prefill, then the last token but one and the last: the logits of both steps beside those expected."""
+    prompts = [ids[:-1].tolist() for ids in sequences]  # each prompt's last token is fed by the first step
+    slots, positions = len(sequences[0]), torch.tensor([[len(ids)] for ids in sequences], device=model.device)
+    if engine == "plain":
+        clipo.prefill(model, prompts, cache := clipo.KVCache(slots))
+    else:
+        with serving(model):
+            prefill(model, prompts, cache := KVCache(len(sequences), slots))
+    for back in (2, 1):
+        token = torch.stack([ids[-back] for ids in sequences])[:, None]  # (2, 1)
+        if engine == "plain":
+            states = clipo.last_states(model, token, positions - back, cache)
+            logits = clipo.output_logits(model, states)[:, 0]
+        else:
+            with serving(model):
+                states = last_states(model, token, positions - back, cache, used=slots + 1 - back)
+                logits = output_logits(model, states)[:, 0]
+        yield "logits", logits, torch.stack([of[-back] for of in expected])
+
+
+def updated(model, sequences, expected, engine: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The update's log-probs of the last two tokens beside those expected."""
+    prompts, tokens = [ids[:-2].tolist() for ids in sequences], torch.stack([ids[-2:] for ids in sequences])[:, None]
+    mask = torch.ones_like(tokens, dtype=torch.bool)  # (2, 1, 2)
+    rollouts = Rollouts(tokens, mask, torch.zeros(mask.shape, device=mask.device), tokens.float())
+    compute = clipo.response_logprobs if engine == "plain" else response_logprobs
+    wanted = torch.stack([of[:2].log_softmax(-1) for of in expected])[:, None]  # (2, 1, 2, V)
+    yield "log-probs in the update", compute(model, prompts, rollouts), wanted.gather(-1, tokens[..., None])[..., 0]

@@ -70,7 +70,7 @@ class Trainer(variants.DynamicSampling):
     def __init__(self, policy, tokenizer, are_correct: Callable, config: CLIPOConfig, engine: str = "fast"):
         if engine not in ENGINES:
             raise ValueError(f"engine is {engine!r}; expected one of: {', '.join(ENGINES)}")
-        check_model(policy)
+        check_model(policy, engine)
         super().__init__(policy, tokenizer, are_correct, config)
         parts = variants.parts(config, self.random)
         # What goes on at a time; halved when memory runs out. The plain parts have nothing to halve.

@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
+
+import numpy as np
 
 from border import UserError, from_json, in_short
 from clipo import Scored
 from config import CLIPOConfig
-from tasks.grading import are_correct, extract_answer
+from tasks.grading import LONGEST, are_correct, extract_answer
 
 # What the paper appends to every question.
 SUFFIX = "Let's think step by step and output the final answer within \\boxed{}."
@@ -77,7 +81,16 @@ def load_problems(source: str, split: str = "test") -> list[Problem]:
         raise UserError(
             f"data is {source!r}; expected {', '.join(BENCHMARKS)}, or the path of a .parquet or .jsonl file"
         )
-    problems = [read_row(row, f"{source}, row {i + 1}") for i, row in enumerate(rows) if not row_has_picture(row)]
+    problems, refused = [], []
+    for number, row in enumerate(rows, 1):
+        try:
+            if not row_has_picture(row):
+                problems.append(read_row(row))
+        except ValueError as reason:
+            refused.append(f"{source}, row {number}: {reason}")
+    if refused:
+        more = f"; {len(refused)} of {len(rows)} rows cannot be read" if len(refused) > 1 else ""
+        raise UserError(refused[0] + more)
     if not problems:
         raise UserError(f"{source} holds no rows; expected at least one problem")
     return problems
@@ -133,18 +146,18 @@ def row_has_picture(row) -> bool:
     return isinstance(row, dict) and row.get("Picture") is not None
 
 
-def read_row(row: dict, where: str) -> Problem:
-    """One row in any of the formats in use. Raises UserError that names the row.
+def read_row(row: dict) -> Problem:
+    """One row in any of the formats in use. Raises ValueError that says what is wrong with it.
 
     verl's (`prompt` messages, `reward_model.ground_truth`), GSM8K's (`question`, `answer`), MATH's (`problem`,
     `solution` and perhaps `answer`), TheoremQA's (`Question`, `Answer`), or multiple choice: MMLU's (`choices`,
     `answer` by number), CommonsenseQA's (`choices` with labels, `answerKey`), TruthfulQA's (`mc1_targets`).
     """
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object, not {type(row).__name__}")
+        raise ValueError(f"expected a JSON object, not {type(row).__name__}")
     try:
         if "prompt" in row and "reward_model" in row:
-            question, gold = row["prompt"][-1]["content"], row["reward_model"]["ground_truth"]
+            question, gold = only_message(row["prompt"]), row["reward_model"]["ground_truth"]
         elif "mc1_targets" in row:
             question, gold = with_choices(row["question"], *shuffled(row["mc1_targets"], row["question"]))
         elif "choices" in row and "answerKey" in row:
@@ -155,25 +168,57 @@ def read_row(row: dict, where: str) -> Problem:
         elif "question" in row:
             question, gold = row["question"], row.get("answer")
         elif "problem" in row:
-            question, gold = row["problem"], row.get("answer") or row.get("solution")
+            question, gold = row["problem"], row.get("answer")
+            if gold in (None, "") and isinstance(row.get("solution"), str):
+                if (gold := extract_answer(row["solution"])) is None:
+                    raise UserError('its solution has no answer; expected one in \\boxed{}, or a column "answer"')
         elif "Question" in row:
             question, gold = row["Question"], row.get("Answer")
         else:
             raise UserError(
-                f"{where}: columns are {', '.join(map(str, row))}; expected prompt and reward_model, "
-                "question and answer, or problem and solution"
+                f"columns are {', '.join(map(str, row))}; expected prompt and reward_model, question and answer, or "
+                "problem and solution"
             )
     except (KeyError, IndexError, TypeError, ValueError) as reason:
         if isinstance(reason, UserError):
             raise
-        raise UserError(f"{where}: its columns do not fit together ({type(reason).__name__}: {reason})") from reason
+        raise ValueError(f"its columns do not fit together ({type(reason).__name__}: {reason})") from reason
     if not question or gold in (None, ""):
-        raise UserError(f"{where}: question or answer is empty; expected both")
-    if not isinstance(question, str) or not isinstance(gold, str | int | float):
+        raise ValueError("question or answer is empty; expected both")
+    if not isinstance(question, str) or type(gold) not in (str, int, float):
         given = f"{type(question).__name__} and {type(gold).__name__}"
-        raise UserError(f"{where}: question and answer are {given}; expected a text, and a text or number")
+        raise ValueError(f"question and answer are {given}; expected a text, and a text or number")
     question = question.removesuffix(SUFFIX).rstrip()  # verl's files bring the suffix along
-    return Problem(question, extract_answer(str(gold)) or str(gold).strip())
+    gold = gold if isinstance(gold, str) else digits(gold)
+    answer = extract_answer(gold) or gold.strip()
+    if len(answer) > LONGEST:
+        raise ValueError(
+            f'no answer is marked in its {len(answer)} characters; expected it in \\boxed{{}}, or behind "####"'
+        )
+    return Problem(question, answer)
+
+
+def only_message(messages: Sequence[dict]) -> str:
+    """The user's message of a verl prompt that has no other. Raises UserError: any other would be lost."""
+    roles = [message["role"] for message in messages]
+    if roles != ["user"]:
+        raise UserError(
+            f"its prompt has messages of {', '.join(map(str, roles)) or 'nobody'}; expected one, of the user"
+        )
+    return messages[0]["content"]
+
+
+def digits(number: int | float) -> str:
+    """A number as one writes it, without an exponent. Raises ValueError for NaN and infinity.
+
+    >>> digits(2e-05), digits(3e16), digits(0.10000000149011612)  # the last came from a column of float32
+    ('0.00002', '30000000000000000', '0.1')
+    """
+    if not math.isfinite(number):
+        raise ValueError(f"its answer is {number}; expected a number or a text")
+    single = np.float32(number)
+    shortest = str(single) if isinstance(number, float) and float(single) == number else str(number)
+    return format(Decimal(shortest), "f")
 
 
 def with_choices(question: str, choices: Sequence[str], right: int) -> tuple[str, str]:
