@@ -5,7 +5,7 @@ answers to the same question*: sound solutions share structure, errors scatter. 
 
     rollouts -> verifiable reward -> contrastive head -> contrastive reward -> advantages -> policy update
 
-and the sections below stand in that order. The last one, `CLIPO.step`, reads like the paper's algorithm.
+and the sections below stand in that order. The last ends in `CLIPO.step`, which reads like the paper's algorithm.
 
 Everything here is plain and exact, and complete: to understand this file you need no other. config.py has the values of
 all settings, variants.py the other losses and the controls. engine/ has a fast twin of these lines, which tests hold
@@ -35,7 +35,7 @@ from config import CLIPOConfig
 # 1. Rollouts: read each prompt once (prefill), then decode G responses to it, one token at a time
 #
 #    y_t ~ pi( . | x, y_<t)       log pi(y_t | x, y_<t) and the model's hidden states are kept on the way:
-#    h = mean of the last layer's states over the response's tokens but the last       (trajectory embedding)
+#    h = mean of the last layer's states over all response tokens except the last      (trajectory embedding)
 #
 #    A state is the last layer's output after the final norm. The response's last token is never fed to the model, so it
 #    has no state; of a response of one token, h is the state of the prompt's last token.
@@ -168,7 +168,7 @@ def generate(
         token, logprob = sample(output_logits(model, state), uniform[:, t], temperature)
         tokens[:, t], mask[:, t] = token.where(working, stop[0]), working
         logprobs[:, t] = logprob.where(working, 0.0)
-        # At t = 0 the prompt's last token was fed. Its state is replaced at t = 1, unless the response has ended.
+        # t = 0 feeds the prompt's last token. Its state counts for a response of one token only: (t > 1) drops it.
         hidden = torch.where(working[:, None], state.float() + hidden * (t > 1), hidden)
         working = working & ~torch.isin(token, ends)
         position = position + 1
@@ -198,9 +198,9 @@ def response_logprobs(
 
 
 class ContrastiveHead(nn.Module):
-    """Trajectory embeddings on the unit sphere: a bias-free linear map, or Linear-ReLU-Linear with `mlp=True`.
+    """From h to a unit vector: one linear map, or with `mlp=True` Linear-ReLU-Linear of width D, all without bias.
 
-    forward: (..., D) -> (..., E) unit vectors. (Paper, contrastive head; hidden width D as in the authors' code.)
+    forward: (..., D) -> (..., E). (The paper's contrastive head; the MLP is an option of the authors' code.)
     """
 
     def __init__(self, d_model: int, d_embed: int = 512, mlp: bool = False):
@@ -213,20 +213,20 @@ class ContrastiveHead(nn.Module):
 
 
 # =====================================================================================================
-# 3. Contrast.  An anchor is a right rollout i whose group has another right one and a wrong one.
+# 3. Contrast.  An anchor is a right rollout i whose group has another right one and a wrong one; a runs over its group.
 #
 #    L_i  = -s_ij + log sum_{a != i} exp(s_ia)        s_ia = z_i . z_a / tau,  j one other right rollout, drawn
 #    rc_i = max(-lambda L_i, floor)                   for anchors; 0 for all others
 #
-#    (InfoNCE. The paper's sum has a = i in it; the authors' code leaves it out, and so do we.)
+#    This is InfoNCE. The paper's sum has a = i in it; the authors' code leaves it out, and so do we.
 # =====================================================================================================
 
 
 class Pairs(NamedTuple):
-    """What rollout a is to rollout i, for every two of a group: (P, G, G) bool, indexed [question, i, a]."""
+    """What rollout a is to rollout i of the same group: (P, G, G) bool, indexed [question, i, a]."""
 
     target: Tensor  # a is the j that was drawn for i
-    positive: Tensor  # both are right, and they are two
+    positive: Tensor  # both are right, and a is not i
     negative: Tensor  # i is right, a is wrong
 
     @property
@@ -236,7 +236,7 @@ class Pairs(NamedTuple):
 
 
 def draw_pairs(correct: Tensor, generator: torch.Generator | None = None) -> Pairs:
-    """The pairs of each group; one positive j for every rollout that has any, uniformly. correct: (P, G) bool.
+    """The pairs of each group. Each rollout with positives draws one of them, j, uniformly. correct: (P, G) bool.
 
     >>> pairs = draw_pairs(torch.tensor([[True, True, False]]))
     >>> pairs.anchor
@@ -264,8 +264,8 @@ def similarities(z: Tensor, tau: float) -> Tensor:
 def log_sum(similarity: Tensor, allowed: Tensor) -> Tensor:
     """log sum of exp(s) over the allowed entries of each row: (P, G, G) -> (P, G).
 
-    This is exact; the authors' epsilon inside the log is not (0.24 off for 16 random vectors). A row with none allowed
-    is no anchor's. It takes all instead, because the gradient of log 0 would be NaN.
+    It needs no epsilon inside the log, which would bend small sums. A row with none allowed is never an anchor's. It
+    sums over all instead, because the gradient of log 0 is NaN.
 
     >>> log_sum(torch.tensor([[[20.0, 1.0, 1.0, 0.0]]]), torch.tensor([[[False, True, True, True]]]))  # log(2e + 1)
     tensor([[1.8620]])
@@ -277,12 +277,12 @@ def log_sum(similarity: Tensor, allowed: Tensor) -> Tensor:
 def infonce(z: Tensor, pairs: Pairs, tau: float = 0.05) -> Tensor:
     """L (P, G) of every anchor, 0 for all others, from unit vectors z (P, G, E).
 
-    Three rollouts at right angles, two of them right: every s is 0, so L = log 2, the loss of knowing nothing.
+    Three orthogonal z, two of them of right answers: s is 0 between any two, so L = log 2, as if nothing were known.
     >>> infonce(torch.eye(3)[None], draw_pairs(torch.tensor([[True, True, False]])))
     tensor([[0.6931, 0.6931, 0.0000]])
     """
     s = similarities(z, tau)  # (P, G, E) -> (P, G, G)
-    others = pairs.positive | pairs.negative  # for an anchor i: all a != i
+    others = pairs.positive | pairs.negative  # of an anchor i: all a != i
     loss = log_sum(s, others) - (s * pairs.target).sum(-1)  # (P, G, G) -> (P, G)
     return torch.where(pairs.anchor, loss, 0.0)
 
@@ -322,7 +322,7 @@ def group_advantages(rewards: Tensor, *, scale_by_std: bool = True, eps: float =
 
 
 def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float):
-    """min(rho A, clip(rho) A) of every token, 0 where masked, and where the clip removed the gradient.
+    """Two results for every token: min(rho A, clip(rho) A), 0 where masked; and did the clip remove its gradient?
 
     log_ratio = log rho (P, G, T), advantages (P, G, 1), mask (P, G, T); both results (P, G, T). (PPO, arXiv:1707.06347)
 
@@ -349,7 +349,7 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def token_mean(mask: Tensor) -> Tensor:
-    """The part of each token in a mean over all response tokens: (P, G, T) bool -> (P, G, T), sum 1.
+    """How much each token counts in the mean over all response tokens: (P, G, T) bool -> (P, G, T), sum 1.
 
     >>> token_mean(torch.tensor([[[True, True], [True, False]]]))
     tensor([[[0.3333, 0.3333],
@@ -379,9 +379,9 @@ def policy_gradient(
     config: CLIPOConfig,
     form: PolicyLoss = GRPO,
 ) -> dict[str, float | None]:
-    """Add the gradient of -J to the policy's parameters; advantages (P, G). reference None: no KL.
+    """Accumulate the gradient of -J in the parameters' `.grad`; no weight moves. advantages (P, G); reference or None.
 
-    One prompt's group at a time: the gradients add up to that of all, and only one group's activations are held.
+    Group by group: gradients add up, and the activations of one group are held at a time.
     Returns "policy_loss" (-J), "kl", and "clip_fraction": the share of tokens whose gradient the clip removed.
     """
     low = form.low if config.clip_low is None else config.clip_low
@@ -389,8 +389,8 @@ def policy_gradient(
     mean = form.mean(rollouts.mask)  # (P, G, T), over which the surrogate is averaged
     per_token = token_mean(rollouts.mask)  # KL and clip fraction are means over tokens under every loss
     total = {"policy_loss": 0.0, "kl": None if reference is None else 0.0, "clip_fraction": 0.0}
-    for g, prompt in enumerate(prompts):
-        own = slice(g, g + 1)
+    for p, prompt in enumerate(prompts):
+        own = slice(p, p + 1)
         group, temperature = rollouts.of(own), config.temperature
         logprobs = response_logprobs(policy, [prompt], group, temperature=temperature)  # (1, G, T)
         log_ratio = logprobs - group.logprobs
@@ -425,7 +425,7 @@ class Parts:
 
 
 class Agreement(NamedTuple):
-    """What the contrastive half of a step found; z, L and rc are from before the head's update."""
+    """What the contrastive half of a step found; all but the last is from before the head's first update."""
 
     embedding: Tensor  # (P, G, E) z
     pairs: Pairs
@@ -438,7 +438,7 @@ class Sampled(NamedTuple):
     """Rollouts and the verifiable reward."""
 
     prompts: list[Sequence[int]]  # P
-    answers: list  # P, what `are_correct` was given
+    answers: list  # P, what `are_correct` grades the responses to each prompt by
     rollouts: Rollouts
     texts: list[list[str]]  # P lists of G responses
     correct: Tensor  # (P, G) bool, r: is the final answer right?
@@ -467,13 +467,14 @@ def end_of_sequence_ids(model, tokenizer) -> list[int]:
     return [ids] if isinstance(ids, int) else list(ids)
 
 
-ROLLOUT, PAIRS, CONTROL = range(3)  # what a step draws random numbers for
+ROLLOUT, PAIRS, CONTROL = range(3)  # what a step draws random numbers for; the last is variants.shuffled
 
 
 class HeadTrainer:
     """The contrastive half of the trainer: the head, its optimiser, and what agreement is paid.
 
-    d_model: width D of the hidden states. Every random draw of a step follows from (config.seed, step number).
+    d_model: width D of the hidden states. Every random draw of a step follows from (config.seed, steps_done); whoever
+    takes the steps counts them.
     """
 
     def __init__(self, d_model: int, device: torch.device, config: CLIPOConfig, parts: Parts | None = None):
@@ -489,8 +490,8 @@ class HeadTrainer:
         """This step's random numbers for one purpose, so that no purpose can disturb another's."""
         return torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.steps_done) * 3 + purpose)
 
-    def pay_agreement(self, hidden: Tensor, correct: Tensor) -> Agreement:
-        """Embed h (P, G, D), pay agreement, then train the head; correct: (P, G) bool.
+    def contrastive_step(self, hidden: Tensor, correct: Tensor) -> Agreement:
+        """Embed h (P, G, D), pay agreement, then train the head. correct: (P, G) bool.
 
         Under plain GRPO, lambda = 0, agreement is paid nothing. The head learns all the same, to be looked at.
         """
@@ -498,7 +499,7 @@ class HeadTrainer:
         hidden = hidden.detach()
         if config.center_hidden:  # ours: take away what the answers to one question share
             hidden = hidden - hidden.mean(1, keepdim=True)
-        for update in range(max(1, config.head_steps)):  # the paper takes one; a fixed head, 0, is paid too
+        for update in range(max(1, config.head_steps)):  # the paper: 1. Of a fixed head, 0: one pass, for the reward
             z = self.head(hidden)  # (P, G, D) -> (P, G, E)
             pairs = parts.pairs(correct, random)  # with a new j every time
             loss = parts.loss(z, pairs, config.tau)  # (P, G)
@@ -523,10 +524,7 @@ class HeadTrainer:
 class CLIPO(HeadTrainer):
     """The trainer: policy, frozen reference, and the contrastive half; `step` is one training step.
 
-    policy: a transformers causal LM; tokenizer: its tokenizer; are_correct(response texts, answers) -> list of bool.
-    To go on with a run, make its trainer anew from the starting policy, of which the reference is a copy. Then give it
-    the saved weights, optimisers and step number.
-    """
+    policy: a transformers causal LM; tokenizer: its tokenizer; are_correct(response texts, answers) -> list of bool."""
 
     def __init__(self, policy, tokenizer, are_correct: Callable[..., Sequence[bool]], config: CLIPOConfig, parts=None):
         super().__init__(policy.get_output_embeddings().in_features, policy.device, config, parts)
@@ -539,7 +537,7 @@ class CLIPO(HeadTrainer):
     def step(self, prompts: Sequence[Sequence[int]], answers: Sequence) -> Scored:
         """One training step on P prompts (lists of token ids) and their answers."""
         sampled = self.roll_out(list(prompts), list(answers), self.random(ROLLOUT))  # y and h; r
-        agreement = self.pay_agreement(sampled.rollouts.hidden, sampled.correct)  # z, L, rc; then the head learns
+        agreement = self.contrastive_step(sampled.rollouts.hidden, sampled.correct)  # z, L, rc; then the head learns
         reward = self.total_reward(sampled, agreement.reward)  # R = r + rc
         advantage = group_advantages(reward, scale_by_std=self.config.scale_by_std)  # A
         updates = [] if self.warming_up else self.update(sampled.prompts, sampled.rollouts, advantage)  # theta
@@ -548,7 +546,10 @@ class CLIPO(HeadTrainer):
 
     @property
     def warming_up(self) -> bool:
-        """True while only the head learns: until it has, nearly all anchors are paid the floor. GRPO never waits."""
+        """True while only the head learns: the paper's reward of an untrained head is the floor for nearly all anchors.
+
+        Plain GRPO does not wait.
+        """
         return self.config.weight > 0 and self.steps_done < self.config.head_warmup_steps
 
     def roll_out(self, prompts: list, answers: list, random: torch.Generator) -> Sampled:

@@ -22,7 +22,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 import transformers
 
 from border import UserError
@@ -43,17 +42,18 @@ MOST_SKIPPED = 3  # steps in a row
 
 
 def train(trainer: Trainer, task: ToyTask | DataTask, out: Path, given: dict, stop: StopAsked) -> str | None:
-    """The training loop of every run; what ended it early, if anything did. The state is saved in any case."""
+    """The training loop of every run; what ended it early, if anything did."""
     steps, save_every, early = trainer.config.steps, given.get("save_every", 20), None
     with Log(trainer, task, out, given.get("log_groups", 2)) as log, stop.finishing("step"):
         while trainer.steps_done < steps and not early:
             problems, more = task.problems(trainer.steps_done), task.more(trainer.steps_done)
             prompts = [task.prompt(problem) for problem in problems]
+            # What a response is graded by (`answers`) is its problem: see task.are_correct.
             scored = trainer.step(prompts, problems, fresh=((task.prompt(problem), problem) for problem in more))
             log.step(scored)
             if log.skipped_in_a_row == MOST_SKIPPED:
                 early = f"{MOST_SKIPPED} steps in a row were skipped, the last for its {trainer.skipped}"
-            elif stop.asked:  # read once: a signal after this line is the next step's
+            elif stop.asked:
                 early = "stopped"
             if trainer.steps_done % save_every == 0 or trainer.steps_done == steps or early:
                 folder.save(trainer, out)
@@ -61,10 +61,10 @@ def train(trainer: Trainer, task: ToyTask | DataTask, out: Path, given: dict, st
 
 
 def open_run(
-    settings: Settings, out: Path, device: torch.device, resume: bool, stop: StopAsked, made_by: tuple[Callable, ...]
+    settings: Settings, out: Path, given: dict, stop: StopAsked, new_task: Callable, new_trainer: Callable
 ) -> tuple[Trainer, ToyTask | DataTask]:
     """The trainer and its task, as they begin or as the last checkpoint left them. Raises UserError, OSError."""
-    new_task, new_trainer = made_by
+    device, resume = device_from(given.get("device")), given.get("resume", False)
     policy, tokenizer = open_start(settings, out.parent, device, resume, stop)
     task = new_task(settings, tokenizer)
     check_room(policy, task.longest_prompt, settings.config.max_new_tokens)
@@ -86,26 +86,27 @@ def usual_task(settings: Settings, tokenizer) -> ToyTask | DataTask:
     return DataTask(settings.config, tokenizer, settings.data)
 
 
-def run(given: dict, made_by: tuple[Callable, ...]) -> int:
+def one_run(given: dict, new_task: Callable, new_trainer: Callable) -> int:
     """One run; returns its exit status. Raises UserError, and KeyboardInterrupt that says what is kept."""
     settings, out = settings_and_folder(given)
     folder.refuse_links(out)
-    device, grpo = device_from(given.get("device")), given.get("grpo")
-    go_on = settings.command if "both" in given else f"python train.py --resume --out {shlex.quote(str(out))}"
+    device_from(given.get("device"))  # refused before the folder is made
+    grpo = given.get("grpo")  # the folder of the first of two runs
+    go_on = given["command"] if "both" in given else f"python train.py --resume --out {shlex.quote(str(out))}"
     with one_line_for(out), StopAsked() as stop:
         out.mkdir(parents=True, exist_ok=True)
         with folder.only_one(out / "lock"):
-            trainer, task = open_run(settings, out, device, given.get("resume", False), stop, made_by)
+            trainer, task = open_run(settings, out, given, stop, new_task, new_trainer)
             announce(trainer, task)
             early = train(trainer, task, out, given, stop)
-            if early and trainer.steps_done < trainer.config.steps:
+            if early and (early != "stopped" or trainer.steps_done < trainer.config.steps):
                 write_page([out])
                 print(f"{early}; saved after step {trainer.steps_done}; to go on: {go_on}")
                 return 130 if early == "stopped" else 1
             try:
-                if stop.asked:  # while the last step was saved
+                if stop.asked:  # in the last step, or while it was saved
                     raise KeyboardInterrupt
-                if grpo or "both" not in given:
+                if grpo or "both" not in given:  # the first of two runs has no table
                     finish(settings, trainer, out, given.get("test_stories", 300), grpo)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"stopped; all steps are done and saved; to go on: {go_on}") from None
@@ -113,7 +114,7 @@ def run(given: dict, made_by: tuple[Callable, ...]) -> int:
 
 
 def finish(settings: Settings, trainer: Trainer, out: Path, test_stories: int, grpo: Path | None) -> None:
-    """What comes when all steps are done: on the toy world the table, and the page; with the run of GRPO, if given."""
+    """When all steps are done: the table of a toy run, and the page, beside GRPO's run where there is one."""
     if settings.on_toy and test_stories:
         models = open_models(settings.model, trainer, grpo)
         write_table(models, trainer, out, test_stories, World.changed(settings.world))
@@ -131,8 +132,8 @@ def main(
         arguments = sys.argv[1:] if arguments is None else list(map(str, arguments))
         given = vars(parser(__doc__).parse_args(arguments or ["--both"]))
         given["command"] = shlex.join(["python", "train.py", *arguments])
-        for part in both.parts(given) if "both" in given else [given]:
-            if status := run(part, (new_task, new_trainer)):
+        for options in both.two_runs(given) if "both" in given else [given]:
+            if status := one_run(options, new_task, new_trainer):
                 return status
         return 0
     except UserError as mistake:

@@ -1,4 +1,6 @@
-"""What the paper compares CLIPO with, what we add, and the controls. Each plugs into a socket of clipo.py (`Parts`).
+"""What the paper compares CLIPO with, what we add, and the controls.
+
+Losses, pairs and rewards take a place in `clipo.Parts`, policy losses that of `clipo.GRPO`. DynamicSampling is a CLIPO.
 
     parts             the functions that a config asks for
     LOSSES            contrastive losses, each with its chance level
@@ -7,7 +9,7 @@
     POLICY_LOSSES     what is clipped and averaged: Dr. GRPO, DAPO, GSPO, GMPO
     DynamicSampling   a step with DAPO's resampling and its penalty for length
 
-A new loss is a function and a line in its table (docs/extend.md).
+A new loss is a function, a line in its table here, and its name in config.py (docs/extend.md).
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ def supcon_in(z: Tensor, pairs: Pairs, tau: float = 0.05) -> Tensor:
 def decoupled(z: Tensor, pairs: Pairs, tau: float = 0.05) -> Tensor:
     """log(1 + sum over wrong ones of exp(s_ik - s_ij)), mean over positives.
 
-    No positive stands in another positive's denominator, so that perfect agreement gives 0, not log |Pos|.
+    No positive stands in another one's denominator. As the wrong ones move away L nears 0; InfoNCE nears log |Pos|.
 
     >>> decoupled(EXAMPLE, clipo.draw_pairs(EXAMPLE_RIGHT), tau=1.0)  # log(1 + exp(0 - 1))
     tensor([[0.3133, 0.3133, 0.3133, 0.0000]])
@@ -110,18 +112,23 @@ LOSSES = {
 }
 
 
+def chance_from_counts(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """How a loss's chance level follows from |Pos| and |Neg|. ValueError for a loss without one."""
+    if LOSSES[kind].chance is None:
+        raise ValueError(
+            f"the contrastive loss {kind!r} has no chance level, and the reward is measured from it; expected one in "
+            "its line of variants.LOSSES, or --no-reward-from-chance"
+        )
+    return LOSSES[kind].chance
+
+
 def chance_level(kind: str, pairs: Pairs) -> Tensor:
     """The loss (P, G) of anchors whose embeddings tell nothing apart. ValueError for a loss without one.
 
     >>> chance_level("decoupled", clipo.draw_pairs(EXAMPLE_RIGHT)).exp()
     tensor([[2., 2., 2., 1.]])
     """
-    if LOSSES[kind].chance is None:
-        raise ValueError(
-            f"the contrastive loss {kind!r} has no chance level, and the reward is measured from it; expected one in "
-            "its line of variants.LOSSES, or --no-reward-from-chance"
-        )
-    return LOSSES[kind].chance(pairs.positive.sum(-1).float(), pairs.negative.sum(-1).float())
+    return chance_from_counts(kind)(pairs.positive.sum(-1).float(), pairs.negative.sum(-1).float())
 
 
 # =====================================================================================================
@@ -135,7 +142,7 @@ def chance_level(kind: str, pairs: Pairs) -> Tensor:
 
 
 def pairs_in_scope(correct: Tensor, generator: torch.Generator | None = None, *, scope: str) -> Pairs:
-    """`clipo.Pairs` that reach over all questions: (P, G, B) bool, indexed [question, i, a], where a = question G + i.
+    """`clipo.Pairs` that reach over all questions: (P, G, B) bool. a counts through the batch: question 1 begins at G.
 
     >>> correct = torch.tensor([[True, True], [True, False]])
     >>> for scope in ("wrong_of_all", "cross", "batch"):
@@ -186,7 +193,7 @@ def reward(loss: Tensor, pairs: Pairs, *, weight: float, floor: float, ceiling: 
 def shuffle_within_groups(values: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
     """Deal the values of the chosen entries out anew among the chosen entries of their group; all (P, G).
 
-    The control of every claim about the contrastive reward: the same numbers in every group, saying nothing.
+    The control of every claim about the contrastive reward: each group keeps its numbers, and who gets which is random.
 
     >>> values, chosen = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[True, True, False, True]])
     >>> shuffle_within_groups(values, chosen, torch.Generator().manual_seed(1))
@@ -236,7 +243,7 @@ def clip_geometric(log_ratio: Tensor, advantages: Tensor, mask: Tensor, low: flo
 def over_places(mask: Tensor, max_new_tokens: int) -> Tensor:
     """A mean over B times T_max places, filled or not: (P, G, T) -> (P, G, T).
 
-    Beside the token mean this is one factor for the whole batch: where responses are short, the step is smaller.
+    It is the token mean times (mean length / T_max): a batch of short responses weighs less against the KL.
 
     >>> over_places(torch.tensor([[[True, True], [True, False]]]), max_new_tokens=10)
     tensor([[[0.0500, 0.0500],
@@ -289,7 +296,7 @@ def parts(config: CLIPOConfig, random: Callable[[int], torch.Generator]) -> Part
     else:
         chosen.pairs, chosen.loss = partial(pairs_in_scope, scope=scope), over_the_batch(loss)
     if config.reward_from_chance:
-        chance_level(config.contrastive_kind, clipo.draw_pairs(EXAMPLE_RIGHT))  # raises before the first step
+        chance_from_counts(config.contrastive_kind)  # raises before the first step
         chosen.reward = partial(reward, ceiling=config.reward_ceiling, chance_of=config.contrastive_kind)
     if config.shuffle_contrast:
         chosen.reward = shuffled(chosen.reward, random)
@@ -347,8 +354,8 @@ def replaced(rollouts: Rollouts, which: Tensor, new: Rollouts) -> Rollouts:
 class DynamicSampling(CLIPO):
     """CLIPO's step with what DAPO adds. With the default settings it is the plain step.
 
-    A group all right or all wrong has no advantage. A fresh prompt takes its place, so often as `resample_tries` says;
-    then it stays. And a response near the longest length pays `overlong_penalty`.
+    A group all right or all wrong has no advantage from r. A fresh prompt takes its place, `resample_tries` times at
+    most; then it stays. And a response near the longest length pays `overlong_penalty`.
     """
 
     fresh: Iterator[tuple[Sequence[int], object]] | None = None  # further prompts, each with its answer

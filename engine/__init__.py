@@ -1,1 +1,1 @@
-"""What makes clipo.py fast and safe, and tells what a run does. To read the method you need nothing of it."""
+"""What makes clipo.py fast, and what keeps a run alive. To read the method you need nothing of it."""

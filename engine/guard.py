@@ -160,10 +160,10 @@ class Trainer(variants.DynamicSampling):
         self.lap("rollout")
         return rollouts
 
-    def pay_agreement(self, hidden: Tensor, correct: Tensor) -> Agreement:
+    def contrastive_step(self, hidden: Tensor, correct: Tensor) -> Agreement:
         """The plain one, timed."""
         self.lap("verify")
-        agreement = super().pay_agreement(hidden, correct)
+        agreement = super().contrastive_step(hidden, correct)
         self.lap("contrast")
         return agreement
 

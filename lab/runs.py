@@ -228,7 +228,7 @@ def execute_frozen(run: Run, runs: Path, device: torch.device) -> dict:
         groups = zip(stories, sampled.texts, strict=True)
         sound = torch.tensor([[is_sound(story, text) for text in texts] for story, texts in groups], device=device)
         for arm, trainer in trainers.items():
-            agreement = trainer.pay_agreement(sampled.rollouts.hidden, sampled.correct)
+            agreement = trainer.contrastive_step(sampled.rollouts.hidden, sampled.correct)
             rc, correct = agreement.reward, sampled.correct
             trainer.steps_done += 1
             if step >= first.config.steps // 3:

@@ -63,7 +63,7 @@ class ContrastiveReward(TrainerCallback):
         # A group may be split over processes: every process gets all rollouts, in TRL's order, G to a prompt.
         G = self.trainer.num_generations
         hidden, correct = (accelerator.gather(part).unflatten(0, (-1, G)) for part in (hidden, correct))  # (P, G, ...)
-        found = self.half.pay_agreement(hidden, correct)
+        found = self.half.contrastive_step(hidden, correct)
         for parameter in self.half.head.parameters():  # all computed the same; on GPUs perhaps not to the last bit
             parameter.data.copy_(broadcast(parameter.data))
         loss, reward, anchor = found.loss, found.reward, found.pairs.anchor

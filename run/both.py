@@ -9,7 +9,7 @@ from border import UserError
 from run.settings import default_out, new_settings
 
 
-def parts(given: dict) -> Iterator[dict]:
+def two_runs(given: dict) -> Iterator[dict]:
     """The options of the two runs, in turn; the second knows the folder of the first as "grpo". Raises UserError."""
     if wrong := sorted({"model", "data", "weight", "resume"} & set(given)):
         raise UserError(

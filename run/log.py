@@ -126,7 +126,7 @@ def spread_within_groups(reward: Tensor, anchor: Tensor) -> float | None:
 
 
 def mean_of_updates(updates: Sequence[dict]) -> dict:
-    """Over the mini-batches of a step; None in a warm-up step, which has none.
+    """Each number's mean over the mini-batches of a step; None in a warm-up step, which has none.
 
     >>> mean_of_updates([{"policy_loss": 1.0, "kl": None}, {"policy_loss": 2.0, "kl": None}])["policy_loss"]
     1.5
@@ -147,7 +147,7 @@ def logged_groups(scored: Scored, task: ToyTask | DataTask, count: int, config: 
     `cosine` is the matrix of the embeddings' cosines; rollouts and `positives` are numbered within the group.
     """
     agreement, G = scored.agreement, scored.correct.shape[1]
-    one_drawn = config.contrastive_kind == "infonce"  # an anchor is pulled to one positive, else to all
+    one_drawn = config.contrastive_kind == "infonce"  # it pulls to one positive; the other losses pull to all
     pulled_to = agreement.pairs.target if one_drawn else agreement.pairs.positive  # (P, G, G), or (P, G, B)
     for g in range(min(count, len(scored.answers))):
         problem = scored.answers[g]
@@ -182,7 +182,7 @@ def logged_groups(scored: Scored, task: ToyTask | DataTask, count: int, config: 
 
 
 def announce(trainer: Trainer, task: ToyTask | DataTask) -> None:
-    """The memory plan, whether the device has so much, and what the settings will do that nobody may have meant."""
+    """The memory plan, and warnings: too little memory, nothing but warm-up, --max-new-tokens too short."""
     config, device = trainer.config, trainer.policy.device
     if config.weight > 0 and config.steps <= config.head_warmup_steps:
         print(f"all {config.steps} steps are head warm-up (--head-warmup-steps {config.head_warmup_steps}): the policy "

@@ -58,7 +58,9 @@ def parser(about: str = "") -> argparse.ArgumentParser:
         "--data", metavar="NAME_OR_FILE",
         help=f"toy, {', '.join(TRAINING_SETS)}, or a .parquet or .jsonl file (default: toy; gsm8k with --model)",
     )  # fmt: skip
-    p.add_argument("--track", choices=list(TRACKS), help="whose defaults (default: --data if it is one, else gsm8k)")
+    p.add_argument(
+        "--track", choices=list(TRACKS), help="the defaults to take (default: those of --data if it is one, else gsm8k)"
+    )
     p.add_argument("--paper", action="store_true", help="on the toy world: the paper's constants, not the informative")
     p.add_argument("--size", choices=list(SIZES), help="the toy world's model (default: tiny)")
     p.add_argument("--world", metavar="JSON", help="the toy world's dials that are changed: '{\"mistaught\": 0.2}'")
@@ -77,7 +79,9 @@ def parser(about: str = "") -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints (default: 20)")
     p.add_argument("--log-groups", type=int, metavar="N", help="groups of each step in rollouts.jsonl (default: 2)")
-    p.add_argument("--test-stories", type=int, metavar="N", help="of each level in the toy's table; 0: none (300)")
+    p.add_argument(
+        "--test-stories", type=int, metavar="N", help="of each level in the toy's table (default: 300; 0: no table)"
+    )
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, with its settings")
     p.add_argument(
         "--both", action="store_true",
@@ -145,7 +149,7 @@ def world_from(text: str) -> dict:
 
 
 def settings_of_run(given: dict, out: Path) -> Settings:
-    """What a run was begun with; another --steps may be asked for, other changes are refused. Raises UserError."""
+    """What a run was begun with. Another --steps may be asked for; changes of what it computes are refused."""
     if (saved := folder.read_settings(out)) is None:
         raise UserError(f"{out} holds no run to resume (no settings.json); expected --out with the folder of a run")
     try:
@@ -181,10 +185,12 @@ def default_out(settings: Settings) -> Path:
     kind = "-grpo" if config.weight == 0 else "-paper" if settings.paper else ""
     changed = [f"-{name}-{json.dumps(value)}" for name, value in settings.world.items()]
     changed += [f"-{special}" for special in (settings.size, loss) if special not in ("tiny", "grpo")]
+    if settings.on_toy and settings.warm_start_batches != (100 if settings.model else 600):
+        changed.append(f"-warm{settings.warm_start_batches}")
     for f in dataclasses.fields(CLIPOConfig):
         value, only_speed = getattr(config, f.name), f.metadata["source"].endswith(("memory only", "speed only"))
-        told = f.name in ("steps", "seed") or (f.name == "weight" and value == 0)
-        if value != getattr(usual, f.name) and not only_speed and not told:
+        left_out = only_speed or f.name in ("steps", "seed") or (f.name == "weight" and value == 0)
+        if value != getattr(usual, f.name) and not left_out:
             changed.append(f"-{f.name}-{value}")
     words = "".join(changed).replace(" ", "").replace("/", "_").replace('"', "")
     if len(words) > 60:

@@ -1,6 +1,7 @@
 """Data sets of questions, from the hub or a file; and `DataTask`, which gives each training step its share.
 
-`load_problems` is where a further data set is added: a line in BENCHMARKS, or columns that `read_row` knows.
+To add one: a local file needs no code if `read_row` knows its columns. A data set of the hub is a line in BENCHMARKS,
+and a name in TRAINING_SETS if it may be trained on.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def in_python(angles, right, settings, target):
     half.head.double().layers[0].weight.data = torch.eye(2, dtype=torch.float64)  # z = normalise(h)
     angle = torch.tensor(angles, dtype=torch.float64).deg2rad().view(-1, G).requires_grad_()
     h = torch.stack([angle.cos(), angle.sin()], -1)  # (P, G, 2)
-    found = half.pay_agreement(h, correct)
+    found = half.contrastive_step(h, correct)
     z, rc, anchor = found.embedding.flatten(0, 1), found.reward, pairs.anchor
     if anchor.any():  # the slope by autograd: `contrast` keeps no gradient for h
         centred = h - h.mean(1, keepdim=True) if given.center_hidden else h

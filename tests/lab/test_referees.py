@@ -61,7 +61,7 @@ def test_the_frozen_start_pays_by_its_own_states_and_learns_nothing(started):
     assert torch.equal(mine.tokens, usual.tokens)
     torch.testing.assert_close(mine.hidden, usual.hidden, atol=1e-4, rtol=1e-4)
     assert not list(trainer.head.parameters()) or trainer.config.head_steps == 0
-    z = trainer.pay_agreement(mine.hidden, torch.tensor([[True, True, False, False]] * 2)).embedding
+    z = trainer.contrastive_step(mine.hidden, torch.tensor([[True, True, False, False]] * 2)).embedding
     centred = mine.hidden - mine.hidden.mean(1, keepdim=True)
     torch.testing.assert_close(z, torch.nn.functional.normalize(centred, dim=-1))
 

@@ -88,7 +88,7 @@ def test_it_pays_what_a_step_of_clipo_pays(qwen2, rollouts):
     for _ in range(3):  # the head learns in between
         got, ids = called(reward, rollouts)
         correct = torch.tensor(verdicts(ids)).bool()
-        found = half.pay_agreement(rollouts.hidden, correct.view(-1, 4))
+        found = half.contrastive_step(rollouts.hidden, correct.view(-1, 4))
         half.steps_done += 1
         assert found.pairs.anchor.any() and not found.pairs.anchor.all()
         torch.testing.assert_close(torch.tensor(got), found.reward.flatten(), atol=1e-4, rtol=1e-4)

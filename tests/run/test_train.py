@@ -142,7 +142,7 @@ def test_both_can_be_stopped_and_the_same_command_goes_on(both):
 
 def test_no_options_at_all_are_both(monkeypatch):
     asked = []
-    monkeypatch.setattr(train, "run", lambda given, _: asked.append(given) or 0)
+    monkeypatch.setattr(train, "one_run", lambda given, *_: asked.append(given) or 0)
     assert train.main([]) == 0
     assert [part["command"] for part in asked] == ["python train.py"] * 2
     assert [(part.get("weight"), part["out"]) for part in asked] == [(0.0, "runs/toy-grpo"), (None, "runs/toy")]
