@@ -3,8 +3,9 @@
     python -m run.page runs/toy                  writes runs/toy/report.html; also while the run goes on
     python -m run.page runs/toy runs/toy-grpo    two runs, one drawn over the other, into the first one's folder
 
-One file that opens from disk and asks nothing of a network. (Until November 2026 the command was engine.report.) `train.py` writes it at the end of a run. The page itself
-is run/page.html; what is filled in here is its data and a policy that lets no script run but the page's own.
+One file that opens from disk and asks nothing of a network. `train.py` writes it at the end of a run. The page itself
+is run/page.html; what is filled in here is its data and a policy that lets no script run but the page's own. Until
+November 2026 the command was engine.report.
 """
 
 from __future__ import annotations
