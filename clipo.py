@@ -311,6 +311,8 @@ def group_advantages(rewards: Tensor, *, scale_by_std: bool = True, eps: float =
             [ 0.0000,  0.0000,  0.0000]])
     """
     centred = rewards - rewards.mean(-1, keepdim=True)
+    equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)
+    centred = centred.masked_fill(equal, 0)  # the mean is rounded, and a std of nearly nothing would blow that up
     return centred / (rewards.std(-1, keepdim=True) + eps) if scale_by_std else centred
 
 

@@ -7,6 +7,7 @@ window, or scale their logits. Two sequences of different length, longer than an
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -40,7 +41,7 @@ def check_model(model, engine: str = "fast") -> None:
             "changes with the longest row of a batch; use a model with another rope_type"
         )
     sequences = trial_sequences(model)
-    with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+    with exact_products(model):
         expected = [in_float32(model(input_ids=ids[None]).logits[0, -3:]) for ids in sequences]  # (3, V) each
         scale = max(logits.abs().max().item() for logits in expected)
         most = (1e-3 if model.dtype == torch.float32 else 0.1) * scale
@@ -52,12 +53,26 @@ def check_model(model, engine: str = "fast") -> None:
                 off = (in_float32(got) - wanted).abs().max().item()
                 if not off <= most:
                     raise ValueError(f"its {what} are off by {off:.2g} (largest logit {scale:.2g})")
-        except (ValueError, AttributeError, TypeError, RuntimeError, IndexError) as reason:
+        except (ValueError, AttributeError, TypeError, RuntimeError, LookupError) as reason:
             raise ValueError(
                 f"{name} cannot be served by KVCache: {reason}. Expected a decoder-only model "
                 "that takes position_ids, a 4-D attention_mask and past_key_values, as Qwen2 and Llama do"
             ) from reason
     checked_models.setdefault(model, set()).add(engine)
+
+
+@contextmanager
+def exact_products(model):
+    """No dropout, no autocast, no TF32, whatever the process has set; afterwards all is as it was."""
+    was_training, precision = model.training, torch.get_float32_matmul_precision()
+    model.eval()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        model.train(was_training)
 
 
 def trial_sequences(model) -> list[Tensor]:

@@ -58,7 +58,8 @@ class ContrastiveReward(TrainerCallback):
             return [None] * len(prompts)
         accelerator, count = self.trainer.accelerator, len(prompts)
         correct = self.is_correct(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
-        correct = torch.tensor([float(right) > 0.5 for right in correct], device=accelerator.device)
+        # TRL's own accuracy reward gives None where it cannot read the gold answer.
+        correct = torch.tensor([right is not None and right > 0.5 for right in correct], device=accelerator.device)
         hidden = self.embed(prompt_tokens(self.trainer, prompts), completion_ids)
         # A group may be split over processes: every process gets all rollouts, in TRL's order, G to a prompt.
         G = self.trainer.num_generations
@@ -95,7 +96,8 @@ class ContrastiveReward(TrainerCallback):
                 input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False, logits_to_keep=1
             ).hidden_states[-1]  # (rows, S, D)
             for row, (prompt, response) in zip(states, part, strict=True):
-                fed_back = row[len(prompt) - (len(response) == 1) : len(prompt) + len(response) - 1]
+                first, end = len(prompt), len(prompt) + len(response) - 1
+                fed_back = row[first:end] if end > first else row[first - 1 : first]  # of one token, or none
                 means.append(fed_back.float().mean(0))
         model.train()
         return torch.stack(means)

@@ -68,6 +68,19 @@ def test_a_model_is_served_exactly_or_refused(name, attention, engine, by):
             assert found[p, 0][kept].tolist() == pytest.approx(logprobs, abs=1e-4)
 
 
+def test_a_process_that_allows_tf32_or_trains_is_checked_in_float32_and_left_as_it_was():
+    model, seen = make_model(copy.deepcopy(CONFIGS["qwen2"])).train(), []
+    model.register_forward_pre_hook(lambda *_: seen.append((torch.get_float32_matmul_precision(), model.training)))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # what torch.backends.cuda.matmul.allow_tf32 = True does too
+    try:
+        check_model(model)
+        assert torch.get_float32_matmul_precision() == "high" and model.training
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(seen) == {("highest", False)}
+
+
 def test_the_plain_loop_refuses_an_eager_model_whoever_calls_it():
     model = make_model(copy.deepcopy(CONFIGS["qwen2"]))
     model.set_attn_implementation("eager")

@@ -106,6 +106,18 @@ def test_warm_up_pays_nothing_and_evaluation_has_no_opinion(qwen2, rollouts):
         ContrastiveReward(verdicts, CLIPOConfig())(prompts=[], completions=[], completion_ids=[])
 
 
+def test_an_empty_completion_and_a_verdict_of_none_are_wrong_answers(qwen2, rollouts):
+    """TRL's own accuracy reward gives None where it cannot read the gold answer."""
+    reward, ids = attached(qwen2, CLIPOConfig(head_warmup_steps=0)), called(attached(qwen2, CLIPOConfig()), rollouts)[1]
+    ids[1], prompts = [], [json.dumps(PROMPTS[b // 4]) for b in range(16)]
+    reward.is_correct = lambda completion_ids, **_: [None if len(i) % 2 == 0 else 1.0 for i in completion_ids]
+    paid = reward(prompts=prompts, completions=[""] * 16, completion_ids=ids)
+    assert all(p == 0 for p, i in zip(paid, ids, strict=True) if len(i) % 2 == 0) and any(paid)
+    hidden = reward.embed([PROMPTS[0]] * 2, [[], [7]])
+    torch.testing.assert_close(hidden[0], hidden[1])  # both are the state of the prompt's last token
+    assert hidden.isfinite().all()
+
+
 def test_saved_and_read_again_it_goes_on_as_before(qwen2, rollouts, tmp_path):
     config = CLIPOConfig(head_warmup_steps=0)
     whole, first, second = (attached(qwen2, config) for _ in range(3))

@@ -195,6 +195,9 @@ def test_advantages_equal_a_plain_computation():
         expected = [[(r - row.mean()) / (row.std() + 1e-6 if scale else 1) for r in row] for row in rewards]
         torch.testing.assert_close(clipo.group_advantages(rewards, scale_by_std=scale), torch.tensor(expected))
     assert not clipo.group_advantages(torch.ones(2, 2)).any()
+    for reward in (0.99, -0.3, 1.7):  # whose mean over twelve is rounded
+        for scale in (True, False):
+            assert not clipo.group_advantages(torch.full((1, 12), reward), scale_by_std=scale).any()
 
 
 def policy_terms(kind, new, old, advantages, mask, low, high):
