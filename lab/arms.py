@@ -91,7 +91,7 @@ BASELINES = {
     name + plus: Arm(config | weight, against)
     for name, config in {
         "GRPO": {},
-        "DAPO": {"policy_loss": "dapo", "resample_tries": 3, "overlong_buffer": 3},
+        "DAPO": {"policy_loss": "dapo", "beta": 0.0, "resample_tries": 3, "overlong_buffer": 3},
         "GSPO": {"policy_loss": "gspo"},
         "GMPO": {"policy_loss": "gmpo"},
     }.items()

@@ -183,6 +183,7 @@ def execute_train(run: Run, runs: Path, device: torch.device) -> dict:
         *model, "--engine", "fast", "--world", json.dumps(run.world), "--warm-start-batches", run.batches,
         *as_options({"seed": run.seed, **run.config}),
     ]  # fmt: skip
+    runs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=runs, prefix="run-") as out:
         shared = ["--out", out, "--device", device, "--test-stories", 0, "--save-every", 10**6]
         for name, options in (
