@@ -461,12 +461,13 @@ class Scored(NamedTuple):
 
 
 def end_of_sequence_ids(model, tokenizer) -> list[int]:
-    """The token ids that end a response: the model's generation config, else the tokenizer's. ValueError if neither."""
+    """The token ids that end a response: the generation config's and the tokenizer's. ValueError if there is none."""
     ids = model.generation_config.eos_token_id if model.generation_config else None
-    ids = tokenizer.eos_token_id if ids is None else ids
-    if ids is None:
+    ids = [ids] if isinstance(ids, int) else list(ids or [])
+    ids += [tokenizer.eos_token_id] * (tokenizer.eos_token_id not in (None, *ids))
+    if not ids:
         raise ValueError("neither model nor tokenizer has an end-of-sequence token; set tokenizer.eos_token")
-    return [ids] if isinstance(ids, int) else list(ids)
+    return ids
 
 
 ROLLOUT, PAIRS, CONTROL = range(3)  # what a step draws random numbers for; the last is variants.shuffled

@@ -32,7 +32,7 @@ from run.log import Log, announce
 from run.models import check_room, device_from
 from run.page import write_page
 from run.settings import Settings, parser, save_settings, settings_and_folder
-from run.stopping import StopAsked, one_line_for
+from run.stopping import StopAsked, as_user_errors
 from run.table import open_models, write_table
 from run.warm_start import open_start
 from tasks.data import DataTask
@@ -48,7 +48,7 @@ def train(trainer: Trainer, task: ToyTask | DataTask, out: Path, given: dict, st
         while trainer.steps_done < steps and not early:
             problems, more = task.problems(trainer.steps_done), task.more(trainer.steps_done)
             prompts = [task.prompt(problem) for problem in problems]
-            # What a response is graded by (`answers`) is its problem: see task.are_correct.
+            # The step's `answers` are whole problems here: task.are_correct takes the answer out of each.
             scored = trainer.step(prompts, problems, fresh=((task.prompt(problem), problem) for problem in more))
             log.step(scored)
             if log.skipped_in_a_row == MOST_SKIPPED:
@@ -91,34 +91,34 @@ def one_run(given: dict, new_task: Callable, new_trainer: Callable) -> int:
     settings, out = settings_and_folder(given)
     folder.refuse_links(out)
     device_from(given.get("device"))  # refused before the folder is made
-    grpo = given.get("grpo")  # the folder of the first of two runs
+    grpo_folder = given.get("grpo")  # only in the second of two runs: that of the first
     go_on = given["command"] if "both" in given else f"python train.py --resume --out {shlex.quote(str(out))}"
-    with one_line_for(out), StopAsked() as stop:
+    with as_user_errors(out), StopAsked() as stop:
         out.mkdir(parents=True, exist_ok=True)
         with folder.only_one(out / "lock"):
             trainer, task = open_run(settings, out, given, stop, new_task, new_trainer)
             announce(trainer, task)
             early = train(trainer, task, out, given, stop)
-            if early and (early != "stopped" or trainer.steps_done < trainer.config.steps):
+            if early and (early != "stopped" or trainer.steps_done < trainer.config.steps):  # broken, or not yet done
                 write_page([out])
                 print(f"{early}; saved after step {trainer.steps_done}; to go on: {go_on}")
                 return 130 if early == "stopped" else 1
             try:
                 if stop.asked:  # in the last step, or while it was saved
                     raise KeyboardInterrupt
-                if grpo or "both" not in given:  # the first of two runs has no table
-                    finish(settings, trainer, out, given.get("test_stories", 300), grpo)
+                if grpo_folder or "both" not in given:  # the first of two runs has no table
+                    finish(settings, trainer, out, given.get("test_stories", 300), grpo_folder)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"stopped; all steps are done and saved; to go on: {go_on}") from None
     return 0
 
 
-def finish(settings: Settings, trainer: Trainer, out: Path, test_stories: int, grpo: Path | None) -> None:
+def finish(settings: Settings, trainer: Trainer, out: Path, test_stories: int, grpo_folder: Path | None) -> None:
     """When all steps are done: the table of a toy run, and the page, beside GRPO's run where there is one."""
     if settings.on_toy and test_stories:
-        models = open_models(settings.model, trainer, grpo)
+        models = open_models(settings.model, trainer, grpo_folder)
         write_table(models, trainer, out, test_stories, World.changed(settings.world))
-    page = write_page([out, grpo] if grpo else [out])
+    page = write_page([out, grpo_folder] if grpo_folder else [out])
     print(f"\n{out} holds the model, metrics.jsonl, rollouts.jsonl; open {page} in a browser")
 
 

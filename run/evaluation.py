@@ -39,7 +39,7 @@ TOY_LEVELS = {f"toy {name}": level for name, level in LEVELS.items()}
 
 
 def track_of(benchmark: str) -> str:
-    """Whose protocol a benchmark follows."""
+    """Whose protocol a benchmark follows: any other name, and any file, the first track's, which is greedy."""
     return "toy" if benchmark in TOY_LEVELS else "math" if benchmark in SECOND_TRACK else "gsm8k"
 
 

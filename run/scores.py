@@ -12,16 +12,16 @@ from border import UserError
 from run import folder
 from run.evaluation import Evaluation, check_rows
 from run.intervals import mean_over_problems, pass_at_k, share_of
-from tasks.grading import are_correct, as_number, extract_answer, plain
+from tasks.grading import are_correct, extract_answer, vote
 
 
 def majority(answers: Sequence[str | None], correct: Sequence[bool]) -> bool:
-    """Is the most frequent answer right? Equal numbers are one answer; of equally frequent ones the first counts.
+    """Is the most frequent answer right? Equal values are one answer; of equally frequent ones the first counts.
 
-    >>> majority(["7", None, "8.0", "8"], [True, False, False, False])
-    False
+    >>> majority(["7", None, "x = 8", "8.0"], [False, False, True, True])
+    True
     """
-    votes = [as_number(text) or text for text in (plain(answer) for answer in answers if answer is not None)]
+    votes = [vote(answer) for answer in answers if answer is not None]
     if not votes:
         return False
     winner = Counter(votes).most_common(1)[0][0]

@@ -45,7 +45,7 @@ class StopAsked:
 
 
 @contextmanager
-def one_line_for(out: Path):
+def as_user_errors(out: Path):
     """In here, what a folder, a GPU or too little memory does to a run becomes UserError."""
     try:
         yield

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -18,7 +19,8 @@ import numpy as np
 from border import UserError, from_json, in_short
 from clipo import Scored
 from config import CLIPOConfig
-from tasks.grading import LONGEST, are_correct, extract_answer
+from tasks.expressions import LONGEST
+from tasks.grading import are_correct, extract_answer
 
 # What the paper appends to every question.
 SUFFIX = "Let's think step by step and output the final answer within \\boxed{}."
@@ -46,8 +48,8 @@ class Source:
 PERTURB = "https://raw.githubusercontent.com/Kaffaljidhmah2/MATH-Perturb/main/math_perturb/math_perturb_{}.jsonl"
 
 
-# The paper's benchmarks, and MATH to train on. All are graded by `are_correct`: numbers exactly (TheoremQA's decimals
-# too, where its authors allow some tolerance), letters exactly, the rest as expressions.
+# All data sets that have a name: the paper's benchmarks, and MATH to train on. All are graded by `are_correct`: numbers
+# exactly (TheoremQA's decimals too, where its authors allow some tolerance), letters exactly, the rest as expressions.
 BENCHMARKS = {
     "gsm8k": Source("openai/gsm8k", "main"),
     "gsm_symbolic": Source("apple/GSM-Symbolic", "main"),
@@ -71,8 +73,8 @@ TRAINING_SETS = ("gsm8k", "math")  # those with a split "train" that is meant fo
 def load_problems(source: str, split: str = "test") -> list[Problem]:
     """Problems of a data set by name (one of BENCHMARKS) or of a local .parquet or .jsonl file.
 
-    split: "train" or "test" (a local file is taken whole). Rows may have any of the columns that `read_row` knows.
-    Raises UserError.
+    split: "train" or "test"; a local file is taken whole. Rows may have any of the columns that `read_row` knows. Those
+    that it cannot read are left out, and counted in one line. Raises UserError if none is left.
     """
     if source in BENCHMARKS:
         rows = load_from_hub(source, split)
@@ -89,11 +91,10 @@ def load_problems(source: str, split: str = "test") -> list[Problem]:
                 problems.append(read_row(row))
         except ValueError as reason:
             refused.append(f"{source}, row {number}: {reason}")
-    if refused:
-        more = f"; {len(refused)} of {len(rows)} rows cannot be read" if len(refused) > 1 else ""
-        raise UserError(refused[0] + more)
     if not problems:
-        raise UserError(f"{source} holds no rows; expected at least one problem")
+        raise UserError(refused[0] if refused else f"{source} holds no rows; expected at least one problem")
+    if refused:
+        print(f"{len(refused)} of {len(rows)} rows are left out, the first of them {refused[0]}", file=sys.stderr)
     return problems
 
 
@@ -217,7 +218,8 @@ def digits(number: int | float) -> str:
     """
     if not math.isfinite(number):
         raise ValueError(f"its answer is {number}; expected a number or a text")
-    single = np.float32(number)
+    with np.errstate(over="ignore"):
+        single = np.float32(number)
     shortest = str(single) if isinstance(number, float) and float(single) == number else str(number)
     return format(Decimal(shortest), "f")
 

@@ -1,22 +1,30 @@
-"""Is a response's final answer the gold one?
+r"""How an answer is judged: the response's final answer and the gold answer are read, and what they say is compared.
 
 An answer is hostile text: whatever a model wrote. Every verdict takes bounded time and memory, nothing here raises for
-a text, and what cannot be decided is wrong.
+a text, and what cannot be read must have the gold answer's words. A reward is stricter than a test, for what is paid is
+learnt: behind a number stand only words that are known to be units, never words that are not known to be none.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from itertools import product
+from typing import NamedTuple
 
-from tasks.expressions import referee
+from tasks.expressions import LONGEST, VARIABLE, read
+from tasks.units import CIRCULAR, Unit, without_unit
+
+# What opens and closes; \\{ and \\} are letters, \\\\ a new line.
+BRACE = re.compile(r"\\boxed\s*(?:\{|(-?\d+(?:\.\d+)?))|\\\\(?!boxed)|\\[{}]|[{}]")
 
 
 def extract_answer(text: str, *, lenient: bool = False) -> str | None:
     """The final answer of a response: what stands in the last \\boxed{}, else after the last "####"; else None.
 
+    What is thought aloud, in <think>, is no answer; nor is a box that is not closed, or is empty.
     `lenient` falls back to the last number. Never in training: a reward that takes the last number can be farmed.
 
     >>> extract_answer("First \\\\boxed{1}, then \\\\boxed{\\\\frac{1}{2}}."), extract_answer("3 + 4 = 7 . #### 7")
@@ -24,315 +32,299 @@ def extract_answer(text: str, *, lenient: bool = False) -> str | None:
     >>> extract_answer("The answer is 7.") is None, extract_answer("The answer is 7.", lenient=True)
     (True, '7')
     """
-    _, boxed, inside = text.rpartition("\\boxed{")
-    if boxed:
-        depth = 1
-        for brace in re.finditer(r"\\.|[{}]", inside, flags=re.DOTALL):  # \{ and \} are letters, not braces
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0:
-                return inside[: brace.start()].strip() or None
-    _, marked, after = text.rpartition("####")
-    if marked and (answer := after.strip(" \t").partition("\n")[0].strip()):
+    if "think>" in text:
+        text = re.sub(r"<think>.*?(?:</think>|\Z)", "", text, flags=re.DOTALL).rpartition("</think>")[2]
+    answer, opened = None, []  # of each brace that is open inside a box: where its content begins
+    for brace in BRACE.finditer(text, first) if (first := text.find("\\boxed")) >= 0 else ():
+        if brace[1] and not opened:
+            answer = brace[1]  # \boxed 2
+        elif brace[0] == "}" and opened:
+            begin = opened.pop()
+            if not opened:  # of a box in a box, the outer one
+                answer = text[begin : brace.start()].strip() or answer
+        elif (brace[0] == "{" and opened) or (brace[0].startswith("\\boxed") and not brace[1]):
+            opened.append(brace.end())
+    if answer and not opened:
         return answer
-    numbers = re.findall(r"[+-]?(?:\d[\d,]*\d|\d)(?:\.\d+)?", text, flags=re.ASCII) if lenient else []
+    _, marked, after = text.rpartition("####")
+    if marked and not opened and (answer := after.strip(" \t").partition("\n")[0].strip("* \t\r")):
+        return answer
+    numbers = re.findall(r"[+−-]?(?:\d[\d,]*\d|\d)(?:\.\d+)?", text, flags=re.ASCII) if lenient else []
     return numbers[-1] if numbers else None
 
 
 def is_correct(text: str, gold: str, *, lenient: bool = False) -> bool:
-    """Does the response's final answer equal the gold answer? See `are_correct`.
+    """Does the response's final answer equal the gold answer (or that of a whole gold solution)?
 
     >>> is_correct("so \\\\boxed{1,000.0}", "1000"), is_correct("so \\\\boxed{12.5}", "12"), is_correct("so 12", "12")
     (True, False, False)
     """
-    return are_correct([text], [gold], lenient=lenient)[0]
+    answer = extract_answer(text, lenient=lenient)
+    return answer is not None and are_equal(answer, extract_answer(gold) or gold.strip())
 
 
 def are_correct(texts: Sequence[str], golds: Sequence[str], *, lenient: bool = False) -> list[bool]:
-    """For each response: does its final answer equal the gold answer (or that of a whole gold solution)?
-
-    Numbers and letters are compared here, exactly; what is neither goes through math-verify, in `Referee`.
-    """
-    verdicts = [False] * len(texts)
-    undecided: dict[tuple[str, str], list[int]] = {}  # the same answers come again and again
-    for i, (text, gold) in enumerate(zip(texts, golds, strict=True)):
-        answer = extract_answer(text, lenient=lenient)
-        gold = extract_answer(gold) or gold.strip()
-        verdict = answer is not None and compare(answer, gold)
-        if verdict is None:
-            undecided.setdefault((answer, gold), []).append(i)
-        else:
-            verdicts[i] = verdict
-    for rows, verdict in zip(undecided.values(), referee.compare(list(undecided)), strict=True):
-        for i in rows:
-            verdicts[i] = verdict
-    return verdicts
+    """`is_correct` for each response."""
+    return [is_correct(text, gold, lenient=lenient) for text, gold in zip(texts, golds, strict=True)]
 
 
-# Characters that math-verify may see; MATH-500's longest answer has 53. A longer answer must match exactly.
-LONGEST = 300
-# A gold answer in words or in a named base: the answer has the same words, or the same digits and base.
-WORDS = r"\\(?:text|mbox|mathrm|textbf)\{[^{}]*[a-zA-Z]{2}[^{}]*\}|[a-zA-Z]{4,}"
-BASED = r"[+-]?(?:\\text\{)?[0-9A-Z.]+\}?_\{?\d+\}?"
-ELLIPSIS = r"\.[ $]*\.|…|\\[a-z]*dots"
-UNIT_LETTER = r" [mghs](?:\^[23]|/[hs])?$"  # of metres, grams, hours, seconds; beside an expression it is a variable
-IRRATIONAL = r"\\(?:sqrt|pi|ln|log|sin|cos|tan)(?![a-z])"
+WHOLE = re.compile(r"-?\d{1,50}", flags=re.ASCII)
 
 
-def compare(answer: str, gold: str) -> bool | None:
-    r"""True or False where strings, letters, numbers or the shape decide; None where math-verify has to.
+def are_equal(answer: str, gold: str) -> bool:
+    r"""Does the answer say what the gold answer says?
 
-    A reward is stricter than a test: what is paid is learnt. So the whole answer has to be of the gold answer's kind,
-    and a number beside anything but a unit, a currency sign or "x =" is another answer.
-
-    >>> compare("\\text{(B)}", "B"), compare("B or C", "B"), compare("10\\%", "0.1"), compare("x + 1", "1 + x")
-    (True, False, True, None)
-    >>> compare("x = 72 apples", "72"), compare("72 or more", "72"), compare("\\neq 72", "72"), compare("71 1", "72")
-    (True, False, False, False)
+    >>> are_equal("\\text{(B)}", "B"), are_equal("B or C", "B"), are_equal("10\\%", "0.1"), are_equal("x + 1", "1 + x")
+    (True, False, True, True)
+    >>> are_equal("x = 72 apples", "72"), are_equal("72 or more", "72"), are_equal("\\neq 72", "72")
+    (True, False, False)
     """
     if answer == gold:
         return True
-    in_words = re.fullmatch(WORDS, gold)
-    answer, gold = plain(answer), plain(gold)
-    if len(answer) > LONGEST or len(gold) > LONGEST or not answer.isprintable():
+    if WHOLE.fullmatch(answer) and WHOLE.fullmatch(gold):  # nothing to read, as most often
+        return int(answer) == int(gold)
+    if "\\approx" in gold:  # only a gold answer may round; the number before it is meant, if there is one
+        before, _, behind = gold.partition("\\approx")
+        if are_equal(answer.removeprefix("\\approx"), before.strip() if re.search(r"\d", before) else behind):
+            return True
+    if max(len(answer), len(gold)) > LONGEST:
         return False
-    if answer == gold:
-        return True
-    if re.search(ELLIPSIS, answer):  # what it leaves open may be anything
-        return bare(answer) == bare(gold)
-    if re.fullmatch("[A-Z](?:, ?[A-Z])*", gold):
-        return sorted(answer.strip("().: ").replace(" ", "").split(",")) == sorted(gold.replace(" ", "").split(","))
-    number, gold_number = as_number(answer), as_number(gold)
-    if number is None or gold_number is None:
-        if in_words or re.fullmatch(BASED, gold):
-            return bare(answer) == bare(gold)
-        answer, gold = map(without_unit, as_values(answer, gold))
-        gold_number = as_number(gold)
-        number = as_number(answer if gold_number is None else re.sub(UNIT_LETTER, "", answer))
-    if number is not None and gold_number is not None:
-        return same_number(*number, *gold_number)
-    if "." in answer and re.search(IRRATIONAL, gold) and not re.search(IRRATIONAL, answer):
-        return False  # for math-verify, which rounds, 1.414214 is the root of 2
-    kind = shape(gold)
-    if kind is None:
-        return bare(answer) == bare(gold)
-    return None if shape(answer) == kind else False
+    golds = readings(gold)
+    return any(said.agrees(meant) for meant in golds for said in readings(answer, golds[0].unit.words))
 
 
-def bare(text: str) -> str:
-    r"""Without spaces, braces, \\text and capitals.
+def vote(answer: str) -> Hashable:
+    r"""What the answer counts as in a majority: the same for two answers of the same value.
 
-    >>> bare("52_{8}"), bare("\\text{Two lines}")
-    ('52_8', 'twolines')
+    >>> vote("x=5") == vote("5.0"), vote("1,2") == vote("\\{2,1\\}"), vote("no") == vote("on")
+    (True, True, False)
     """
-    return re.sub(r"\\(?:text|mbox|mathrm|textbf)(?![a-zA-Z])|[{} ]", "", text).casefold()
+    if len(answer) > LONGEST:
+        return answer
+    first = readings(answer, frozenset())[0]
+    return (first.value, first.percent)
 
 
-@lru_cache(2**12)  # the same answers come again and again
+# ----------------------------------------------------------------------------------------------------
+# Spellings: what can be written in several ways gets one.
+# ----------------------------------------------------------------------------------------------------
+
+CHARACTERS = {
+    "−–‐‑－": "-", "×": "\\times ", "·⋅": "\\cdot ", "÷": "/", "π": "\\pi ", "∞": "\\infty ", "°": "^\\circ ",
+    "√": "\\sqrt ", "≤⩽": "\\le ", "≥⩾": "\\ge ", "≠": "\\ne ", "∈": "\\in ", "∪": "\\cup ", "±": "\\pm ",
+    "∅": "\\emptyset ", "½": "\\frac12 ", "¼": "\\frac14 ", "¾": "\\frac34 ", "⅓": "\\frac13 ", "⅔": "\\frac23 ",
+    "′’": "'", "\u00a0\u2009\u200a\u2006\u202f": "~", "ℝ": "\\mathbb{R}", "θ": "\\theta ", "α": "\\alpha ",
+    "β": "\\beta ", "，": ",", "％": "%", "⟨": "\\langle ", "⟩": "\\rangle ",
+}  # fmt: skip
+ONE_CHARACTER = str.maketrans({each: to for several, to in CHARACTERS.items() for each in several})
+RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ", "0123456789-n")
+END = "(?![a-zA-Z])"
+IN_TEXT = (
+    r"\\(?:text(?:bf|it|rm|sf|normal)?|[mh]box|math(?:rm|bf|it|sf)|operatorname|boxed|boldsymbol|bm) ?\{([^{}]*)\}"
+)
+LAST = (r"(?<![.…\s\\]) ?[.,;] ?$", "")  # a single one
+SPELLINGS = [(re.compile(pattern), to) for pattern, to in (
+    LAST,
+    (r"^[\s*]*(?:\$+(.*[^\\$])\$+|\\\((.*)\\\)|\\\[(.*)\\\])[\s.*]*$", r"\1\2\3"),
+    (rf"\\(?:left|right|displaystyle|limits|[bB]igg?[lr]?){END}|\\phantom *(?:-|\{{-\}})|^\*\*|\*\*$|(?<!\\)\\$", ""),
+    (r"(?<![\d.,])[1-9]\d{0,2}(?:(?:\{,\}|,?\\!|\\[,;:]|~|,)\d{3})+(?!,?\d)", lambda number: thousands(number)),
+    (r"\\!", ""), (rf"(?<!\\)\\[,;: ]|\\q?quad{END}|\\(?:rm|bf){END}|(?<=.)~|\s", " "),
+    (IN_TEXT, r" \1 "), (IN_TEXT, r" \1 "), (r"\\math(?:rm|bf|it) +", " "),  # twice, for one in the other
+    (rf" *(?:\{{ ?\\?% ?\}}|\\?%|(?<![a-zA-Z])(?:percent(?:age)?|per cent|pct){END})", "%"),
+    (r"\\lbrace", r"\\{"), (r"\\rbrace", r"\\}"), (r"\\[lr]?vert|\\mid", "|"), (r"(?<=[\w)}])\*\*(?=[\w({])", "^"),
+    (r"\\[dtc]frac", r"\\frac"), (r"\\[dt]binom", r"\\binom"), (r"\\ast", "*"), (r"\\?:=|\\coloneqq", "="),
+    (rf"\\leq?q?(?:slant)?{END}|<=", r"\\le "), (rf"\\geq?q?(?:slant)?{END}|>=", r"\\ge "), (rf"\\lt{END}", "<"),
+    (rf"\\gt{END}", ">"), (rf"\\neq?{END}|\\not ?=|!=", r"\\ne "), (r"\\varnothing", r"\\emptyset "),
+    (rf"\\mathbb ?\{{?R\}}?|\\R{END}", r"(-\\infty,\\infty)"),
+    (rf" *\^? ?(?:\\(?:circ|degrees?){END} ?|\{{ ?\\circ ?\}})", r"^\\circ "),
+    (r"(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{?(\d+)\}?", lambda number: period(*number.groups())),
+    (r"(?<![\w.])(\d+)(\.\d+)?[eE]((?(2)[+-]?)\d{1,3})(?![\w.])", r"(\1\2*10^{\3})"),
+    (rf"(?<![a-zA-Z\\])(sqrt|pi|sin|cos|tan|log|ln|exp|theta){END}", r"\\\1 "),
+    (rf"(?<![a-zA-Z\\])(?:infinity|inf){END}", r"\\infty "),
+    (r"\\(begin|end)\{[pb](?:small)?matrix\}", r"\\\1{matrix}"),
+    (r"[(\[]? ?\\begin\{(?:array\} ?\{[clr| ]*|smallmatrix|matrix)\}", r"\\begin{matrix}"),
+    (r"\\end\{(?:array|smallmatrix|matrix)\} ?[)\]]?", r"\\end{matrix}"),
+    (r"\\sqrt +(\d+)", r"\\sqrt{\1}"), (" +", " "), (r"(?<=\d) over (?=\d)", "/"),
+    (r"(?<![\d.] )(?<![\d.])(\d+) (\d+) ?/ ?(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
+    (r"^ ?(?:\\(?:implies|Rightarrow|therefore) ?|(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?::| is:?) ?)", ""),
+    LAST,
+)]  # fmt: skip
+
+
+def thousands(number: re.Match) -> str:
+    """1,234 is one number, but inside brackets a comma parts two: (1,234)."""
+    before = number.string[: number.start()]
+    inside = len(re.findall(r"[(\[]|\\\{", before)) > len(re.findall(r"[)\]]|\\\}", before))
+    return number[0] if inside and re.search(r"\d,\d", number[0]) else re.sub(r"\D", "", number[0])
+
+
+def period(before: str, first: str, repeated: str) -> str:
+    r"""0.1\overline{6} as a fraction.
+
+    >>> period("0", "1", "6")
+    '(15/90)'
+    """
+    whole = int(before + first + repeated) - int("0" + before + first)
+    return f"({whole}/{'9' * len(repeated)}{'0' * len(first)})"
+
+
 def plain(text: str) -> str:
-    r"""Without what only decorates an answer: $...$, \\text{}, \\left, spacing, a closing period, "Answer:".
+    r"""The text in its one spelling, without what only decorates it.
 
     >>> plain("$\\text{(B)}.$"), plain("\\dfrac12\\!"), plain("1\\,000"), plain("7\\ 2"), plain("Answer: 7..")
     ('(B)', '\\frac12', '1000', '7 2', '7..')
     """
-    text = re.sub(r"(?<=\d),\\!(?=\d)|(?<=\d)\\,(?=\d{3}(?!\d))|\\!", "", text.strip())
-    text = re.sub(r"\\(?:left|right|displaystyle)(?![a-zA-Z])", "", text)
-    text = re.sub(r"(?<!\\)\\[,;: ]|(?<=\w)~|[ \t\r\n]+", " ", text)
-    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\$", "$").replace("\\%", "%")
-    text = re.sub(" +", " ", text).lstrip("$ ").removeprefix("Answer:").lstrip("$ ")
-    before = text.rstrip("$ .\\")
-    text = before if text.count(".", len(before)) < 2 else text  # two periods are no end
-    wrapped = re.fullmatch(r"(?:\\(?:text|mbox|mathrm|textbf|mathbf))?\{([^{}]*)\}", text)
-    return (wrapped[1] if wrapped else text).strip()
+    text = re.sub(r"[⁰¹²³⁴-⁹⁻ⁿ]+", lambda power: f"^{{{power[0].translate(RAISED)}}}", text)
+    text = text.translate(ONE_CHARACTER)
+    for pattern, to in SPELLINGS:
+        text = pattern.sub(to, text).strip()
+    return text
 
 
-GREEK = r"\\(?:alpha|beta|gamma|delta|Delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|varphi|omega)(?![a-zA-Z])"
-# What may stand before "=" and is no part of the answer: x, a_1, \theta, \angle A; (x, y) before as many values;
-# f(x) where x comes again.
-NAME = (
-    rf"(?:[a-zA-Z](?:_\w|_\{{\w+\}})?|{GREEK}|m?\\angle ?[A-Z]{{1,3}}|\([a-z](?:, ?[a-z])+\)(?= *= *\(.*,)|"
-    r"[a-zA-Z]\((?P<of>[a-z])\)(?= *=.*(?P=of)))"
-)
-EITHER = r",? ?(?:\\(?:text|mbox)\{,? *(?:or|and) *\}|(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])),? ?"
+# ----------------------------------------------------------------------------------------------------
+# Readings
+# ----------------------------------------------------------------------------------------------------
+
+# What may stand before "=" and is no part of the answer.
+NAME = "|".join((
+    rf"(?![ei]\b){VARIABLE}", r"[a-zA-Z]_\{[^{}]*\}",  # x, a_{n+1}
+    r"(?:[f-hp-sA-Z]|f\^\{-1\})'*\((?:[a-z]|-?[\d.]+|-?\\pi|-?\\frac\{?\d+\}?\{?\d+\}?|[A-Z][^()]*)\)",  # f(3), P(A)
+    r"[A-Z]{2,3}|\\overline ?\{[A-Z]{2}\}|\|[A-Z]{2}\||\[[A-Z]{3,}\]|m? ?\\angle ?[A-Z]{1,3}",  # lengths, areas, angles
+    rf"\\(?:sin|cos|tan|cot|sec|csc) ?{VARIABLE}", r"\([a-z](?:, ?[a-z])+\)(?= ?= ?\(.*,)",  # (x, y), of a pair
+    "[Tt]otal|[Aa]rea|[Pp]erimeter|[Vv]olume|[Ss]um|[Cc]ost|[Pp]rofit|[Aa]nswer|[Pp]robability",
+))  # fmt: skip
+NAMED = re.compile(rf"({NAME}) ?(?:=|\\in ?(?=[(\[]|\\\{{)) ?([^=]+)|([^=]+) ?= ?({NAME})")
+EITHER = re.compile(r" ?,? ?(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z]) ?,? ?")
+WITH_FRACTION = re.compile(r"(-?\d+) and (\\frac ?\d ?\d|\\frac ?\{\d+\} ?\{\d+\}|\d+/\d+)")
 
 
-def as_values(answer: str, gold: str) -> tuple[str, str]:
-    r"""Both without "x =", where one lacks it or both have the same. "or" and "and" become commas where gold is a list.
+class Reading(NamedTuple):
+    """One way to understand an answer."""
 
-    >>> as_values("x = 5", "5"), as_values("5 = x", "x = 6"), as_values("x=1 or x=2", "1, 2")
-    (('5', '5'), ('5', '6'), ('1,2', '1, 2'))
-    >>> as_values("ab = 5", "5"), as_values("y = 5", "x = 5")
-    (('ab = 5', '5'), ('y = 5', '5'))
+    value: Hashable
+    name: str = ""  # "x" in x = 5
+    unit: Unit = Unit()
+    percent: bool = False
+
+    def agrees(self, gold: Reading) -> bool:
+        """The same value, and no other name or unit. A percentage may be the number or a hundredth of it."""
+        if (self.name and gold.name and self.name != gold.name) or not self.unit.agrees(gold.unit):
+            return False
+        if self.value == gold.value:
+            return True
+        percent, number = (self, gold) if self.percent else (gold, self)
+        both = isinstance(percent.value, Fraction) and isinstance(number.value, Fraction)
+        return both and percent.percent != number.percent and percent.value == 100 * number.value
+
+
+@lru_cache(2**14)
+def readings(answer: str, known: frozenset[str] | None = None) -> tuple[Reading, ...]:
+    r"""Every way to understand an answer, mostly one; as words if it is no mathematics. See `unit_of` for `known`.
+
+    >>> readings("x = 5\\text{ cm}")
+    (Reading(value=Fraction(5, 1), name='x', unit=Unit(measures=(('cm', 1),), words=frozenset()), percent=False),)
+    >>> readings("Yes")
+    (Reading(value=('words', 'yes'), name='', unit=Unit(measures=(), words=frozenset()), percent=False),)
     """
-    gold = re.sub(EITHER, ",", gold)
-    if re.search(r",|\\pm", gold):
-        answer = re.sub(EITHER, ",", answer)
-    if re.match(r"[(\[]|\\\{", gold):
-        answer = re.sub(r"^[a-z] ?\\in(?![a-zA-Z]) ?", "", answer)
-    if "=" in gold:
-        answer, gold = (re.sub(rf"^([^=]*[^= a-zA-Z]) *= *([a-z]|{GREEK})$", r"\2=\1", side) for side in (answer, gold))
-    (name, value), (gold_name, gold_value) = named(answer), named(gold)
-    if name == gold_name or "=" not in answer or "=" not in gold:
-        return value, gold_value
-    return (answer, gold) if shape(gold_value) != "v:" else (answer, gold_value)  # 2x = 10 is not yet x = 5
+    text = plain(answer)
+    if not text.isprintable():  # control characters and other things that nobody sees
+        return (Reading(("words", answer)),)
+    ways = [text, WITH_FRACTION.sub(r"(\1+\2)", text)] if WITH_FRACTION.fullmatch(text) else [text]
+    found = [reading(way, known, literal) for way in ways for literal in (False, True)]
+    found = tuple(dict.fromkeys(filter(None, found)))
+    bare = re.sub("[{} ]", "", text)
+    return found or (Reading(("words", bare.casefold() if re.search("[a-zA-Z]{2}", bare) else bare)),)
 
 
-def named(text: str) -> tuple[str | None, str]:
-    r"""A name and the value or values that the text gives it; None where it does not.
-
-    >>> named("x = 5"), named("x=1,x=2"), named("2x = 10")
-    (('x', '5'), ('x', '1,2'), (None, '2x = 10'))
-    """
-    names = [found[0].rstrip("= ").lstrip(", ") for found in re.finditer(rf"(?:^|,) *{NAME} *=", text)]
-    if len(set(names)) != 1 or len(names) != text.count("="):
-        return None, text
-    return names[0], re.sub(rf"(^|,) *{NAME} *= *", r"\1", text)
-
-
-@lru_cache(2**12)
-def as_number(text: str) -> tuple[Fraction, bool] | None:
-    """An integer, decimal or fraction, exactly, and whether it is a percentage; else None.
-
-    Read are thousands' commas, a currency sign, a/b, \\frac{a}{b}, \\frac12 and a closing percent sign.
-
-    >>> as_number("$1,250.50"), as_number("-\\\\frac{3}{4}"), as_number("10%"), as_number("x + 1")
-    ((Fraction(2501, 2), False), (Fraction(-3, 4), False), (Fraction(10, 1), True), None)
-    """
-    text = re.sub(r"^([+-]?)\s*[$€£]\s*", r"\1", text.replace("{,}", ",")).rstrip("$€£¢ ")
-    percent = text.endswith("%")
-    text = text.rstrip("% ")
-    if len(text) > 100:
+def reading(text: str, known: frozenset[str] | None, literal: bool) -> Reading | None:
+    """A single item, or a list of them in any order. `literal`: m is no meter, and y = 2x an equation."""
+    is_set = re.fullmatch(r"\\\{((?:(?!\\[{}]).)+)\\\}", text)
+    parts = split(is_set[1] if is_set else text)
+    ranges = [as_range(part) for part in parts]
+    if len({name for name, _ in ranges}) == 1 and ranges[0][0]:
+        parts = [f"{ranges[0][0]} \\in " + "\\cup".join(interval for _, interval in ranges)]
+    items = [item(part, known, literal) for part in parts]
+    if None in items:
         return None
-    if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?", text, flags=re.ASCII):
-        text = text.replace(",", "")
-    if fraction := re.fullmatch(r"([+-]?)\\frac(?:\{(-?\d+)\}|(\d))\s?(?:\{(\d+)\}|(\d))", text, flags=re.ASCII):
-        sign, *parts = fraction.groups()
-        numerator, denominator = (part for part in parts if part is not None)
-        text = f"{sign}{numerator}/{denominator}"
-    if not (number := re.fullmatch(r"([+-]?(?:\d+(?:\.\d*)?|\.\d+))(?:\s?/\s?(\d+))?", text, flags=re.ASCII)):
+    names, units, percents = ({each[k] for each in items} for k in (1, 2, 3))
+    if len(units - {Unit()}) > 1 or len(percents) > 1:
         return None
-    divisor = int(number[2] or 1)
-    return (Fraction(number[1]) / divisor, percent) if divisor else None
+    several = len(names - {""}) > 1
+    values = [(name, value) if several else value for some, name, _, _ in items for value in some]
+    if is_set and len(values) == 1:
+        values = [read(text)]
+    elif len(values) > 1:
+        values = [("\\{", *sorted(values, key=repr), "\\}")]
+    return Reading(values[0], "" if several else max(names), max(units, key=any), *percents)
 
 
-def same_number(a: Fraction, a_percent: bool, b: Fraction, b_percent: bool) -> bool:
-    """Exact equality; a percentage beside a plain number may be either the number or a hundredth of it.
+def split(text: str) -> list[str]:
+    r"""At the commas, "and" and "or" outside of all brackets.
 
-    >>> same_number(Fraction(10), True, Fraction(1, 10), False), same_number(Fraction(10), True, Fraction(10), False)
-    (True, True)
-    >>> same_number(Fraction(1), True, Fraction(100), True)
-    False
+    >>> split("(1,2), 3 or 4"), split("x^{2,1}")
+    (['(1,2)', '3', '4'], ['x^{2,1}'])
     """
-    if a_percent == b_percent:
-        return a == b
-    percent, number = (a, b) if a_percent else (b, a)
-    return number in (percent, percent / 100)
+    items, depth = [""], 0
+    for piece in re.split(r"(\\?[()\[\]{}]|\\[lr]angle|[,;])", EITHER.sub(",", text)):
+        depth += (piece in OPENING) - (piece in CLOSING)
+        if piece in (",", ";") and not depth:
+            items.append("")
+        else:
+            items[-1] += piece
+    return [one.strip() for one in items]
 
 
-# Questions count whatever they like, so no list holds all units. Words are taken for one if there are at most
-# MOST_WORDS and none is a number, makes another number of the one before it, doubts it, or is an adverb in -ly.
-MOST_WORDS = 5
-COUNT = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety"
-)
-NO_UNIT = set(COUNT.split()) | set(
-    """or more less at least most not no nor never about around approx almost circa over under above below up down to
-    than between beyond and plus minus times divided multiplied by squared cubed hundred hundreds thousand thousands
-    million millions billion billions trillion trillions dozen dozens half halves third thirds fourth fourths fifth
-    fifths sixth sixths eighth eighths tenth tenths hundredths thousandths percent base mod modulo choose factorial
-    negative positive ish so maybe perhaps if unless either neither but except without through until else other another
-    false wrong incorrect greater fewer larger smaller higher lower maximum minimum twice double triple some several etc
-    onwards onward guess is was equals sin cos tan log ln exp sqrt pi inf infinity any all then instead mixed decimal
-    binary octal hex hexadecimal remainder estimated estimate est rounded ballpark max min tops upwards upward bound
-    limit pair couple score gross grand lakh crore bn mn tens doubled tripled halved reciprocal repeating recurring
-    excluded untrue nope none nothing undefined unknown unsure uncertain thereabouts give take i we think believe
-    suppose hope say otherwise whatever anything nobody knows""".split()
-)
-SHORT_UNITS = "cm mm km kg mg ml mL ft yd in mi lb oz hr hrs lbs sq mph kph rpm min sec pm am".split()
-VARIABLES = "x y z n k i e a b c K M B".split()  # or thousands, millions, billions
-IN_LY = "daily weekly monthly yearly hourly family jelly butterfly assembly".split()  # and no adverbs, or of time
-QUOTED = r"\\(?:text|mbox|mathrm|textnormal|textrm) ?\{"
+OPENING, CLOSING = ("(", "[", "{", "\\{", "\\langle"), (")", "]", "}", "\\}", "\\rangle")
 
 
-def without_unit(text: str) -> str:
-    r"""The text before a unit at its end: words (bare ones from two letters on), a power, degrees. Else the text.
+def item(text: str, known: frozenset[str] | None, literal: bool) -> tuple[list, str, Unit, bool] | None:
+    r"""The values of one item of a list (several where \pm stands in it), its name, its unit, whether it has a %.
 
-    >>> without_unit("5\\text{ cm}^2"), without_unit("90^\\circ"), without_unit("$5 per hour"), without_unit("5 km/h")
-    ('5', '90', '$5', '5')
-    >>> without_unit("72 or more"), without_unit("72x"), without_unit("72ab"), without_unit("x + 1")
-    ('72 or more', '72x', '72ab', 'x + 1')
+    >>> item("x = \\pm 3%", None, False)
+    ([Fraction(3, 1), Fraction(-3, 1)], 'x', Unit(measures=(), words=frozenset()), True)
     """
-    begin = re.search(rf" ?(?:{QUOTED}|(?<![a-zA-Z\\{{])[a-zA-Z]{{2}})", text)
-    if begin and begin.start():
-        unit = re.sub(QUOTED + r"([^{}]*)\}", r" \1 ", text[begin.start() :])
-        unit = re.sub(r"\^ ?(?:[23]|\{[23]\})|\\cdot|\^$", " ", unit)
-        unit = re.sub(rf"\b(?:{COUNT.replace(' ', '|')})-(?=[a-zA-Z]+ +[a-zA-Z])", "", unit)  # one-dollar bills
-        words = re.findall("[a-zA-Z]+|[$€£¢]", unit) or ["x"]
-        told = (
-            "{" in begin[0]
-            or words[0] in SHORT_UNITS
-            or re.match(r"(?= ?[a-zA-Z]*[aeiouyAEIOUY])(?: |\w)[a-zA-Z]{3}", unit)
-        )
-        told = told and words[0] not in VARIABLES and len(words) <= MOST_WORDS
-        if told and re.fullmatch(r"[a-zA-Z .()/~$€£¢-]*", unit):
-            others = [word.lower() for word in words[words[0] in SHORT_UNITS :]]  # (72 min: minutes)
-            if not any(word in NO_UNIT or (word.endswith("ly") and word not in IN_LY) for word in others):
-                text = text[: begin.start()]
-    return re.sub(r" ?(?:\^ ?(?:\\circ|\{ ?\\circ ?\})|°|\\degrees?)(?: ?[CF])?$", "", text).strip()
-
-
-# What a LaTeX token is to `shape`. Numbers are d (one digit) and n, other values v. A command not named here is unread.
-TOKENS = {
-    "d": r"\d(?![\d.])", "n": r"\d+(?:\.\d*)?|\.\d+", "v": rf"[a-zA-Z](?:_(?:\w|\{{\w+\}}))?|{GREEK}|\\pi|\\infty",
-    "F": r"\\frac", "S": r"\\sqrt", "f": r"\\(?:sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|ln|log|exp)(?![a-zA-Z])",
-    "s": r"[+-]", "*": r"\*|/|\\cdot|\\times|\\div", "u": r"\\cup",
-    "B": r"\\begin\{[pb]matrix\}", "E": r"\\end\{[pb]matrix\}",
-    "{}": r"\\[{}]", ";": r"\\\\", "≤": r"\\leq?(?![a-zA-Z])|≤", "≥": r"\\geq?(?![a-zA-Z])|≥", "": r"\s+",
-    "same": r"[()\[\]{}^_!|,:=<>&]",
-}  # fmt: skip
-TOKEN = re.compile("|".join(f"({pattern})" for pattern in TOKENS.values()))
-KINDS = list(TOKENS)
-SUM = r"s?[ndv]v*(?:(?:\*s?|s)[ndv]v*)*"  # no number directly behind anything: neither 71 1 nor 72(3)4
-REDUCTIONS = [
-    (rf"\{{{SUM}\}}", "g"), (r"F[gvd][gvd]", "v"), (rf"S(?:\[{SUM}\])?[gvd]", "v"), (r"[nd](?:\^[gvdn]|!)", "n"),
-    (r"[vg]\^[gvdn]|v!", "v"), (rf"\({SUM}\)|\|{SUM}\|", "v"), (r"f(?:_[gvd])?(?:\^[gvd])?[ndv]v*", "v"),
-]  # fmt: skip
-
-
-@lru_cache(2**12)
-def shape(text: str) -> str | None:
-    r"""What is left of LaTeX when each expression is v, behind it the variables; None where it is no mathematics.
-
-    Brackets, relations and the number of items stay. Two answers can be equal only where this is the same.
-
-    >>> shape("2\\sqrt{3}"), shape("(1, x^2]"), shape("2x = 72"), shape("\\{1,2\\}"), shape("3 \\pm 1")
-    ('v:', '(v,v]:x', 'v=v:x', 'v,v:', 'v,v:')
-    >>> shape("\\phantom{72}"), shape("71 1"), shape("72_8"), shape("1, \\ldots")
-    (None, None, None, None)
-    """
-    text = re.sub(r"\^ ?(?:\\circ|\{ ?\\circ ?\})|°", "", text.replace("\\lbrace", "\\{").replace("\\rbrace", "\\}"))
-    text = re.sub(r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}", re.sub(r"%$", "", text))
-    text = re.sub(r"\\sqrt ?(\d)(?!\d)", r"\\sqrt{\1}", re.sub(r"\\frac ?(\d) ?\{", r"\\frac{\1}{", text))
-    if text.count("\\pm") == 1 and "," not in text:
-        text = text.replace("\\pm", "+") + "," + text.replace("\\pm", "-")
-    pieces, end, variables = [], 0, set()
-    for token in TOKEN.finditer(text):
-        if token.start() != end:
-            return None
-        end = token.end()
-        kind = KINDS[token.lastindex - 1]
-        pieces.append(token[0] if kind in ("same", "{}") else kind)
-        if kind == "v" and token[0] not in ("\\pi", "\\infty", "e", "i"):
-            variables.add(token[0])
-    left, before = "".join(pieces), None
-    while left != before and end == len(text):
-        before = left
-        for pattern, value in REDUCTIONS:
-            left = re.sub(pattern, value, left)
-    left = re.sub("^g$", "v", left)
-    left = re.sub(SUM, "v", left)
-    if end != len(text) or not left or re.search(r"[FSfgs*^_!|]|vv|(?<!\\)[{}]", left):
+    name, percent = "", text.endswith("%")
+    if text[:1] == "(" and not CIRCULAR.search(text):
+        text = text.replace("^\\circ", "")  # (3, 90^\circ)
+    text, unit = without_unit(text.rstrip("% "), known, literal)
+    if named := NAMED.fullmatch(text):
+        of, value = (named[1], named[2]) if named[1] else (named[4], named[3])
+        lone = re.fullmatch(VARIABLE, value.strip()) and value.strip() not in "ei" and "(" not in of  # x = y
+        if not lone and not (literal and re.search(r"(?<![a-zA-Z\\])[a-zA-Z]", value)):
+            text, name = value.strip(), of.replace(" ", "")
+    first, *others = text.split("\\pm")
+    if len(others) > 3 or is_words(text):
         return None
-    if re.fullmatch(r"\\\{v(,v)+\\\}", left):
-        left = left[2:-2]  # the set of some values is the list of them, in any order
-    return f"{left}:{''.join(sorted(variables))}"
+    turns = product("+-", repeat=len(others))
+    values = [read(first + "".join(map("".join, zip(turn, others, strict=True)))) for turn in turns]
+    return None if None in values else (values, name, unit, percent)
+
+
+def is_words(text: str) -> bool:
+    """Are letters beside each other a word, not a product? Its letters would be multiplied, and TTH paid for HTT.
+
+    >>> [is_words(text) for text in ("ab", "zxy", "2ab", "AB+CD", "TAG", "no", "htt", "x-axis", "x_{max}")]
+    [False, False, False, False, True, True, True, True, False]
+    """
+    runs = re.findall(r"(?<![a-zA-Z\\])[a-zA-Z]{2,}", re.sub(r"_\{\w+\}|\\(?:begin|end)\{matrix\}", "", text))
+    if any(len(run) > 3 for run in runs):
+        return True
+    alone = re.fullmatch(r"[+-]? ?([a-zA-Z]{2,3})", text)
+    return alone is not None and not re.fullmatch(r"(?!.*(.).*\1)(?:[abcxyz]+|[bckmnpqrsvwxyz]+)", alone[1])
+
+
+def as_range(text: str) -> tuple[str, str]:
+    r"""The letter and its interval, where an inequality says that.
+
+    >>> as_range("1 < x \\le 2"), as_range("5 > y"), as_range("1 < 2")
+    (('x', '(1,2]'), ('y', '(-\\infty,5)'), ('', ''))
+    """
+    parts = [part.strip() for part in re.split(rf"(<|>|\\le{END}|\\ge{END})", text)]
+    if parts[1:] and parts[1] in (">", "\\ge"):
+        parts = [{">": "<", "\\ge": "\\le"}.get(part, part) for part in parts[::-1]]
+    if len(parts) == 3:
+        parts = ["-\\infty", "<", *parts] if re.fullmatch(VARIABLE, parts[0]) else [*parts, "<", "\\infty"]
+    if len(parts) != 5 or not {parts[1], parts[3]} <= {"<", "\\le"} or not re.fullmatch(VARIABLE, parts[2]):
+        return "", ""
+    low, opens, name, closes, high = parts
+    return name, f"{'(' if opens == '<' else '['}{low},{high}{')' if closes == '<' else ']'}"

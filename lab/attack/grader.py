@@ -1,24 +1,32 @@
-"""Is a wrong answer ever paid? Makes wrong answers from each gold answer, and right spellings, and grades them.
+"""Is a wrong answer ever paid? Three attacks on the gold answers of the parquet files in --data.
 
-    python -m lab.attack grader            the gold answers of the parquet files in --data; minutes
-    python -m lab.attack grader --quick    every fiftieth
+    python -m lab.attack grader            minutes
+    python -m lab.attack grader --quick    every fiftieth gold answer, every twentieth key; seconds
     python -m lab.attack grader --table    writes results/grader.md too: where we and math-verify's default disagree
 
-A policy that is paid for "72 or more" learns to hedge. So the gold answer itself stands in each wrong one.
+Spellings: wrong answers and right ones, made from each gold answer. A policy that is paid for "72 or more" learns to
+hedge, so the gold answer itself stands in each wrong one.
+One answer against all golds: thousands of keys, made from what the grammar can read. None may open two golds that are
+not equal. (math-verify takes \\sqrt{\\infty}\\pi for almost any number.)
+A busy machine: a thousand pairs, judged in a fresh process alone and beside eight that only count.
 """
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
-from itertools import pairwise
+from fractions import Fraction
+from itertools import pairwise, product
 from pathlib import Path
 
 from border import OptionParser
-from tasks import expressions, grading
 from tasks.data import load_problems
-from tasks.grading import are_correct, as_number, plain
+from tasks.grading import are_correct, readings
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ("gsm8k_train", "gsm8k_test", "math500_test", "math_train")
@@ -59,11 +67,11 @@ WRONG_OF_ANY = {
 SECOND = "dollars or seventy, dollars and seventy, dollars or none, thirty, forty, fifty, ninety, dollars twelve"
 SIZE = (
     "tens, pair, couple, score, gross, grand, lakh, crore, doubled, tripled, reciprocal, repeating, recurring, "
-    "excluded, K, M"
+    "excluded, K, M, doz, quarter, millionths, squared, square, cubed, kilo-, per mille"
 )
 DOUBT = (
     "hopefully, presumably, likely, estimated, rounded, ballpark, max, dollars min, tops, upwards, upper bound, "
-    "lower limit, untrue, nope, undefined, I believe, est., dollars..."
+    "lower limit, untrue, nope, undefined, I believe, est., dollars..., inverse, scratch that, (ignore this), wait, no"
 )
 
 
@@ -101,16 +109,16 @@ SPELLINGS_OF_AN_INTEGER = [
 # (answer, gold, who is right) where one may see it the one way or the other.
 BORDERLINE = [
     ("60+12", "72", "matter of taste"), ("72,", "72", "matter of taste"),
-    ("USD 72", "72", "theirs right"), ("--72", "72", "matter of taste"), ("\\text{Total} = 72", "72", "theirs right"),
+    ("USD 72", "72", "ours right"), ("--72", "72", "matter of taste"), ("\\text{Total} = 72", "72", "ours right"),
     ("72:1", "72", "ours right"), ("1/4", "1:4", "matter of taste"),
     ("52", "52_8", "matter of taste"), ("1,2", "(1,2)", "ours right"), ("1.414214", "\\sqrt{2}", "ours right"),
-    ("\\mathbb{R}", "(-\\infty,\\infty)", "theirs right"), ("x=1, y=2", "(1,2)", "matter of taste"),
+    ("\\mathbb{R}", "(-\\infty,\\infty)", "ours right"), ("x=1, y=2", "(1,2)", "matter of taste"),
     ("A,B", "\\text{A, B}", "ours right"), ("\\{1,2,2\\}", "\\{1,2\\}", "matter of taste"),
 ]  # fmt: skip
 
 
 def is_number(gold: str) -> bool:
-    return as_number(plain(gold)) is not None
+    return isinstance(readings(gold)[0].value, Fraction) and not readings(gold)[0].name
 
 
 def wrong_answers(gold: str) -> list[tuple[str, str, str]]:
@@ -120,11 +128,11 @@ def wrong_answers(gold: str) -> list[tuple[str, str, str]]:
     ['72_8', '72_{16}', '72\\\\text{ base }8', '72_x']
     """
     new = str(random.Random(gold).randrange(3, 99))
-    if is_number(gold) and abs(as_number(plain(gold))[0]) in (int(new), 2 * int(new)):
+    if is_number(gold) and abs(readings(gold)[0].value) in (int(new), 2 * int(new)):
         new = str(int(new) + 101)
     kinds = WRONG_OF_ANY | (WRONG_OF_A_NUMBER if is_number(gold) else {})
     made = [(kind, template) for kind, templates in kinds.items() for template in templates]
-    if is_number(gold) and as_number(plain(gold))[0] == 0:  # 0 x is 0, and so is 0 dozen
+    if is_number(gold) and readings(gold)[0].value == 0:  # 0 x is 0, and so is 0 dozen
         made = [(k, t) for k, t in made if k != "of another size" and t != "(GOLD)(NEW)"]
     return [(kind, template, fill(template, gold, new)) for kind, template in made]
 
@@ -158,21 +166,23 @@ def ours(rows: Sequence[tuple[str, str, str, str]]) -> list[bool]:
     return are_correct([f"\\boxed{{{answer}}}" for *_, answer, _ in rows], [gold for *_, gold in rows])
 
 
+def by_default(pair: tuple[str, str]) -> bool:
+    """math-verify's default verdict, in a process with limited memory; its own time-outs end what takes too long."""
+    from math_verify import parse, verify
+
+    answer, gold = (parse(f"${side}$") for side in pair)
+    return verify(gold, answer)
+
+
+def limit_memory() -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
+
+
 def theirs(rows: Sequence[tuple[str, str, str, str]]) -> list[bool]:
-    """math-verify's default verdicts, each in a process that is ended where it takes too long."""
-
-    def by_default(answer: str, gold: str) -> bool:
-        from math_verify import parse, verify
-
-        sides = [parse(f"${side}$", parsing_timeout=None) for side in (gold, answer)]
-        return verify(*sides, timeout_seconds=None)
-
-    our_own, expressions.expressions_equal = expressions.expressions_equal, by_default
-    try:
-        by_default("1", "1")
-        return expressions.judge([(answer, gold) for *_, answer, gold in rows])
-    finally:
-        expressions.expressions_equal = our_own
+    with multiprocessing.Pool(initializer=limit_memory) as pool:
+        return pool.map(by_default, [(answer, gold) for *_, answer, gold in rows], chunksize=16)
 
 
 def table(rows: Sequence[tuple[str, str, str, str]]) -> str:
@@ -212,9 +222,77 @@ def code(text: str) -> str:
     return text.replace("|", "\\|").strip()
 
 
+# ----------------------------------------------------------------------------------------------------
+# One answer against all golds
+# ----------------------------------------------------------------------------------------------------
+
+KNOWN_KEYS = [
+    "\\frac{\\pi\\sqrt{\\infty}}{3}", "\\sqrt{\\infty}\\pi", "\\frac{e\\sqrt{\\infty}}{\\pi}", "nan", "\\text{nan}",
+    "\\text{undefined}", "*", ".", "?", "x", "\\emptyset", "\\{\\}", "()", "[]", "\\boxed{}", "\\text{any}", "\\ldots",
+    "\\mathbb{R}", "(-\\infty,\\infty)", "\\begin{pmatrix}\\end{pmatrix}", "\\text{all of them}", "=", "x=x", "0=0",
+]  # fmt: skip
+ATOMS = [
+    "\\infty", "-\\infty", "\\frac{0}{0}", "\\frac{1}{0}", "0", "1", "2", "\\pi", "e", "i", "x", "nan", "\\emptyset",
+    "\\{\\}", "\\sqrt{2}", "0.5", "\\begin{pmatrix} 0 \\\\ 0 \\end{pmatrix}", "(0,0)", "10^{-99}", "10^{99}",
+]  # fmt: skip
+FORMS = [
+    "A", "\\sqrt{A}B", "A^{B}", "\\frac{A}{B}", "A+B", "A-B", "A\\cdot B", "\\ln A", "\\log_{A} B", "\\sin A",
+    "\\tan(A)B", "|A|B", "(A,B)", "[A,B)", "\\{A,B\\}", "\\begin{pmatrix} A & B \\end{pmatrix}", "A!", "\\binom{A}{B}",
+    "A=B", "A \\le B", "\\pm A", "\\lfloor A \\rfloor", "A \\text{ or } B", "A \\cup B", "x=A", "A_{B}", "A:B",
+    "\\frac{B\\sqrt{A}}{3}", "\\sqrt[A]{B}", "\\arcsin A", "0^{A}", "A-A+B", "\\frac{A}{A}B",
+]  # fmt: skip
+
+
+def keys(every: int = 1) -> list[str]:
+    """Answers made from everything that the grammar reads: those known, and each form of each two atoms, drawn."""
+    made = [form.replace("A", "\a").replace("B", b).replace("\a", a) for form, a, b in product(FORMS, ATOMS, ATOMS)]
+    return KNOWN_KEYS + random.Random(0).sample(list(dict.fromkeys(made)), 4000)[::every]
+
+
+def opened(key: str, golds: Sequence[str]) -> list[str]:
+    r"""Golds that the key is paid for, none of them paid for another one: more than one is a hole.
+
+    >>> opened("\\frac{4}{2}", ["2", "2.0", "x=2", "3"])
+    ['2']
+    """
+    found = []
+    for gold, yes in zip(golds, are_correct([f"\\boxed{{{key}}}"] * len(golds), golds), strict=True):
+        pairs = [(gold, other) for other in found] + [(other, gold) for other in found]
+        if yes and not any(are_correct([f"\\boxed{{{answer}}}" for answer, _ in pairs], [to for _, to in pairs])):
+            found.append(gold)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------
+# A busy machine
+# ----------------------------------------------------------------------------------------------------
+
+GRADE = "import json, sys\nfrom tasks.grading import are_correct\nprint(json.dumps(are_correct(*json.load(sys.stdin))))"
+
+
+def afresh(pairs: Sequence[tuple[str, str]]) -> list[bool]:
+    """The verdicts of a process that starts with nothing read."""
+    texts, golds = [f"\\boxed{{{answer}}}" for answer, _ in pairs], [gold for _, gold in pairs]
+    work = [sys.executable, "-c", GRADE]
+    done = subprocess.run(work, input=json.dumps([texts, golds]), capture_output=True, text=True, cwd=ROOT, check=True)
+    return json.loads(done.stdout)
+
+
+def differing(pairs: Sequence[tuple[str, str]], busy: int = 8) -> list[tuple[str, str]]:
+    """The pairs whose verdict is another one while so many processes count."""
+    alone = afresh(pairs)
+    counting = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+    try:
+        return [pair for pair, one, two in zip(pairs, alone, afresh(pairs), strict=True) if one != two]
+    finally:
+        for process in counting:
+            process.kill()
+            process.wait()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = OptionParser(prog="python -m lab.attack grader", description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="every fiftieth gold answer")
+    parser.add_argument("--quick", action="store_true", help="every fiftieth gold answer, every twentieth key")
     parser.add_argument("--table", action="store_true", help="write results/grader.md")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="the parquet files' folder")
     parser.add_argument("--show", type=int, default=10, help="so many mistakes of either kind are printed")
@@ -236,9 +314,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"grader: {len(golds):,} golds ({len(distinct):,} different), {len(paid):,} of {len(wrong):,} wrong answers "
         f"paid, {len(right) - len(unpaid):,} of {len(right):,} right spellings paid, {time.monotonic() - begin:.0f} s"
     )
+    begin, tried = time.monotonic(), keys(20 if given.quick else 1)
+    found = {key: some for key in tried if len(some := opened(key, distinct)) > 1}
+    for key, some in list(found.items())[: given.show]:
+        print(f"a key: {key}  for  {'  and  '.join(some)}")
+    print(
+        f"one answer against all golds: {len(found)} of {len(tried):,} answers open two of {len(distinct):,} golds "
+        f"that are not equal, {time.monotonic() - begin:.0f} s"
+    )
+    begin = time.monotonic()
+    some = [(answer, gold) for *_, answer, gold in draw.sample(right + wrong, min(len(right + wrong), 1000))]
+    flipped = differing(some)
+    print(
+        f"a busy machine: {len(flipped)} of {len(some):,} verdicts differ beside eight counting processes, "
+        f"{time.monotonic() - begin:.0f} s"
+    )
     if given.table:
-        neighbours = [("wrong", "another gold", a, b) for a, b in pairwise(distinct) if grading.compare(a, b) is None]
+        neighbours = [("wrong", "another gold", *two) for two in pairwise(distinct) if not all(map(is_number, two))]
         some = draw.sample(wrong, min(1500, len(wrong))) + draw.sample(right, min(1500, len(right)))
         rows = [("borderline", who, answer, gold) for answer, gold, who in BORDERLINE] + some + neighbours[:500]
         (ROOT / "results" / "grader.md").write_text(table(rows), encoding="utf-8")
-    return 1 if paid else 0
+    return 1 if paid or unpaid or found or flipped else 0

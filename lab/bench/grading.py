@@ -6,14 +6,13 @@ import random
 import statistics
 
 from lab.bench.machine import Machine
-from tasks import expressions, grading
+from tasks import grading
 
 
 def grading_table(machine: Machine) -> list[dict]:
     """Seconds to grade the rollouts of a large step: 16 to a question, of five different answers."""
     count = 160 if machine.quick else 8192
     draw = random.Random(0)
-    expressions.referee.start()
     kinds = {
         "numbers": lambda: str(draw.randrange(5)),
         "expressions": lambda: f"\\frac{{x+{draw.randrange(5)}}}{{2}}",

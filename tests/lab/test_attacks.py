@@ -13,6 +13,7 @@ import eval as evaluation
 import train
 import variants
 from border import UserError
+from lab.attack import __main__ as attack
 from lab.attack import bits, signals
 from run import folder as run_folder
 from run import stopping
@@ -234,3 +235,9 @@ def test_a_loss_without_a_chance_level_is_refused_before_anything_is_made(tmp_pa
     assert train.main(options) == 2
     assert "the contrastive loss 'infonce' has no chance level" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [["nothing"], [], ["--nothing"]])
+def test_an_unknown_attack_gets_one_line(arguments, capsys):
+    assert attack.main(arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1

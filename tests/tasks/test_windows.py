@@ -10,7 +10,6 @@ from conftest import ROOT
 from test_train import TINY_RUN
 
 from run import folder as run_folder
-from tasks import expressions
 
 WITHOUT = f"""
 import os, sys
@@ -29,32 +28,6 @@ os.open = open_no_folder
 def without(script, *arguments):
     code = WITHOUT + textwrap.dedent(script)
     return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
-
-
-@pytest.fixture
-def referee(monkeypatch):
-    monkeypatch.setattr(expressions, "CAN_FORK", False)
-    monkeypatch.setattr(
-        expressions.Referee,
-        "COMMAND",
-        (sys.executable, "-c", f"{WITHOUT}\nfrom tasks import expressions\nexpressions.serve()"),
-    )
-    one = expressions.Referee()
-    yield one
-    one.stop()
-
-
-def test_expressions_are_compared_without_fork(referee):
-    referee.start()
-    first = referee.server.pid
-    assert referee.compare([("x+1", "1+x"), ("x+2", "1+x"), ("\\frac{1}{2", "y")]) == [True, False, False]
-    assert referee.server.pid == first
-    assert referee.compare([]) == []
-
-
-def test_one_that_takes_too_long_is_wrong_and_the_next_is_compared(referee, monkeypatch):
-    monkeypatch.setattr(referee, "SECONDS", 3)  # (a busy machine must not fail the others)
-    assert referee.compare([("x+1", "1+x"), ("\\prod_{n=1}^{10^7} n", "x+7"), ("2x", "x+x")]) == [True, False, True]
 
 
 def test_a_toy_run_and_its_resumption(tmp_path):
