@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from typing import get_args, get_type_hints
 
@@ -25,21 +27,105 @@ class UserError(ValueError):
 class OptionParser(argparse.ArgumentParser):
     """argparse, but a mistake gets one line, not the whole usage."""
 
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        for text in args:  # a file's name may be any bytes, but settings.json and the pages are UTF-8
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                self.error(f"{text!a} is no UTF-8 text")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str):
         self.exit(2, f"error: {message}; --help lists every option\n")
 
 
-def status_of(command: Callable[[], None]) -> int:
-    """Run a command: 0, or 2 and one line for a user's mistake or a file that cannot be written."""
+class Ending:
+    """How a command ended."""
+
+    status = 0
+
+
+@contextmanager
+def one_line_at_most(stopped: str = "") -> Iterator[Ending]:
+    """In here, a user's mistake or a file that cannot be written ends what goes on with one line, and status 2.
+
+    Where `stopped` is given, Ctrl-C is 130 and that line, or the line that it brings along.
+    """
+    end = Ending()
+    with heard_or_not():
+        try:
+            yield end
+            return
+        except UserError as mistake:
+            said = f"error: {mistake}"
+        except OSError as reason:
+            where = f"{reason.filename}: " if reason.filename else ""
+            said = f"error: {where}{reason.strerror or reason}; expected a folder that can be written"
+        except KeyboardInterrupt as reason:
+            if not stopped:
+                raise
+            said = str(reason) or stopped
+        except BaseException as reason:
+            if not is_panic(reason):
+                raise
+            said = f"error: a library gave up: {in_short(reason)}; what was saved stays"
+        end.status = 2 if said.startswith("error: ") else 130
+        print(said, file=sys.stderr)
+
+
+def status_of(command: Callable[[], int | None], stopped: str = "") -> int:
+    """Run a command with `one_line_at_most`; its status."""
+    with one_line_at_most(stopped) as end:
+        status = command()
+        end.status = status if isinstance(status, int) else 0
+    return end.status
+
+
+class Unheard:
+    """A stream whose reader may leave: what is said then goes nowhere, and the work goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # without any, Python has None
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self.silence()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self.silence()
+
+    def silence(self) -> None:
+        """Python writes out at its end what is left, so that the stream itself has to lead nowhere."""
+        with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), self.stream.fileno())
+
+
+@contextmanager
+def heard_or_not() -> Iterator[None]:
+    """In here nothing ends because what is said has nowhere to go: `| head`, a closed terminal, a full disk."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = mine = tuple(map(Unheard, before))
     try:
-        command()
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return 2
-    except OSError as reason:
-        print(f"error: {reason.filename}: {reason.strerror}; expected a folder that can be written", file=sys.stderr)
-        return 2
-    return 0
+        yield
+    finally:
+        for stream in mine:
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+def is_panic(reason: BaseException) -> bool:
+    """Did a library written in Rust give up? Python's bridge to it has no common class for this."""
+    return type(reason).__name__ == "PanicException"
 
 
 def one_line_for_ctrl_c() -> None:
@@ -54,7 +140,7 @@ def one_line_for_ctrl_c() -> None:
     sys.excepthook = hook
 
 
-def in_short(reason: Exception) -> str:
+def in_short(reason: BaseException) -> str:
     """What a library's error says, in one line.
 
     >>> in_short(ValueError("No file.\\nTry another.")), in_short(KeyError())
@@ -69,6 +155,19 @@ def in_short(reason: Exception) -> str:
 # ----------------------------------------------------------------------------------------------------
 # What a file says
 # ----------------------------------------------------------------------------------------------------
+
+
+MOST = 10**6  # No number is larger: further than anybody wants to go, and far from where float32 ends (3.4e38).
+MOST_SEED = 2**32 - 1
+
+
+def check_numbers(given: dict, lowest: dict[str, float], most: float = MOST) -> None:
+    """Raise UserError for the first of these options that is given and out of its range."""
+    for name, low in lowest.items():
+        value = given.get(name)
+        if value is not None and not low <= value <= most:
+            expected = f"at most {most}" if value > most else f"{low} or more"
+            raise UserError(f"--{name.replace('_', '-')} is {value}; expected {expected}")
 
 
 DEEPEST = 100  # lists and objects within each other

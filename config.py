@@ -12,16 +12,22 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from border import check_types
+from border import MOST, MOST_SEED, check_types
 
 POLICY_LOSSES = ["grpo", "dr_grpo", "dapo", "gspo", "gmpo"]
 CONTRASTIVE_LOSSES = ["infonce", "supcon_out", "supcon_in", "soft_nn", "decoupled"]
 SCOPES = ("group", "wrong_of_all", "cross", "batch")
 ENGINES = ("plain", "fast")
 
+# Learning rates and weight decays end at 1. A step then cannot break a weight: AdamW moves it by less than ten times
+# the rate, and rate times decay, at most 1, shrinks it and never turns it round.
+
 
 def setting(default, meaning: str, source: str, *, low=None, high=None, above=None, choices=None):
-    """A field of `CLIPOConfig`: its meaning, its source, its range (>= low, <= high, > above, or one of choices)."""
+    """A field of `CLIPOConfig`: its meaning, its source, its range (>= low, <= high, > above, or one of choices).
+
+    A number without them is at most MOST, up or down.
+    """
     about = {"meaning": meaning, "source": source, "low": low, "high": high, "above": above, "choices": choices}
     return field(default=default, metadata=about)
 
@@ -59,18 +65,18 @@ class CLIPOConfig:
 
     steps: int = setting(
         84, "training steps, head warm-up included", "paper: 6 epochs of 14 full batches; here 5.76 passes",
-        low=1, high=10**6,
+        low=1,
     )  # fmt: skip
-    prompts_per_step: int = setting(512, "prompts in a step", "paper", low=1, high=10**6)
+    prompts_per_step: int = setting(512, "prompts in a step", "paper", low=1)
     mini_batch_prompts: int = setting(256, "prompts in one policy update at most", "paper", low=1)
     samples_per_prompt: int = setting(16, "rollouts of one prompt, the group size G", "paper", low=2, high=10**4)
     max_prompt_tokens: int = setting(512, "longer prompts are dropped", "paper", low=1)
     max_new_tokens: int = setting(2048, "tokens of a rollout at most", "paper", low=1)
-    temperature: float = setting(1.0, "sampling temperature of rollouts", "paper", above=0)
+    temperature: float = setting(1.0, "sampling temperature of rollouts", "paper", above=0, high=100)
 
-    lr: float = setting(1e-6, "policy learning rate (AdamW)", "paper", low=0)
+    lr: float = setting(1e-6, "policy learning rate (AdamW)", "paper", low=0, high=1)
     lr_warmup_steps: int = setting(0, "policy steps over which lr rises linearly", "authors' code", low=0)
-    weight_decay: float = setting(0.01, "policy weight decay", "verl's default", low=0)
+    weight_decay: float = setting(0.01, "policy weight decay", "verl's default", low=0, high=1)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", "authors' code", above=0)
     policy_loss: str = setting("grpo", "what is clipped and averaged", "paper", choices=POLICY_LOSSES)
     clip_low: float | None = setting(
@@ -89,7 +95,7 @@ class CLIPOConfig:
     weight: float = setting(0.2, "lambda, weight of the contrastive reward; 0 is plain GRPO", "paper", low=0)
     contrastive_kind: str = setting("infonce", "contrastive loss", "paper", choices=CONTRASTIVE_LOSSES)
     contrastive_scope: str = setting("group", "where positives and negatives come from", "paper", choices=SCOPES)
-    tau: float = setting(0.05, "temperature of the similarities", "paper", above=0)
+    tau: float = setting(0.05, "temperature of the similarities", "paper", above=0, high=100)
     reward_floor: float = setting(-0.5, "least contrastive reward", "paper", high=0)
     reward_ceiling: float = setting(1.0, "largest contrastive reward, where it is measured from chance", "ours", low=0)
     reward_from_chance: bool = setting(
@@ -99,8 +105,8 @@ class CLIPOConfig:
     center_hidden: bool = setting(False, "subtract the group's mean from the hidden states", "paper: off; ours: on")
     d_embed: int = setting(512, "embedding width E of the head", "paper", low=1, high=2**16)
     head_mlp: bool = setting(False, "MLP head in place of a linear one", "authors' code")
-    head_lr: float = setting(1e-3, "head learning rate (AdamW)", "paper", low=0)
-    head_weight_decay: float = setting(0.01, "head weight decay", "paper", low=0)
+    head_lr: float = setting(1e-3, "head learning rate (AdamW)", "paper", low=0, high=1)
+    head_weight_decay: float = setting(0.01, "head weight decay", "paper", low=0, high=1)
     head_steps: int = setting(
         1, "head updates per step, after the reward is paid; 0: a fixed head", "paper: 1; ours: 4", low=0
     )
@@ -122,7 +128,7 @@ class CLIPOConfig:
         "authors' code: bfloat16",
         choices=["auto", "float32", "bfloat16"],
     )
-    seed: int = setting(0, "seed of every random draw", "", low=0)
+    seed: int = setting(0, "seed of every random draw", "", low=0, high=MOST_SEED)
 
     def __post_init__(self):
         check_types(self)
@@ -135,10 +141,14 @@ class CLIPOConfig:
             expected = []
             if isinstance(value, float) and not math.isfinite(value):
                 expected.append("a finite number")
-            if about["low"] is not None and not value >= about["low"]:
-                expected.append(f"at least {about['low']}")
-            if about["high"] is not None and not value <= about["high"]:
-                expected.append(f"at most {about['high']}")
+            if isinstance(value, float | int):
+                low, high = (
+                    bound if about[end] is None else about[end] for end, bound in (("low", -MOST), ("high", MOST))
+                )
+                if not value >= low and (about["low"] is not None or math.isfinite(value)):
+                    expected.append(f"at least {low}")
+                if value > high and math.isfinite(value):
+                    expected.append(f"at most {high}")
             if about["above"] is not None and not value > about["above"]:
                 expected.append(f"more than {about['above']}")
             if about["choices"] and value not in about["choices"]:

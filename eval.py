@@ -30,12 +30,12 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from border import OptionParser, UserError
+from border import OptionParser, UserError, status_of
 from clipo import end_of_sequence_ids
 from engine.check import check_model
 from engine.rollouts import generate
 from run import folder
-from run.evaluation import DECODING, TOY_LEVELS, Decoding, Evaluation, begin, folder_of, load_benchmark, settings_from
+from run.evaluation import DECODING, TOY_LEVELS, Decoding, Evaluation, begin, load_benchmark, place_of, settings_from
 from run.models import device_from, load_model
 from run.scores import comparison, graded, regrade, save_results, summarise
 from tasks.data import BENCHMARKS, SUFFIX, Problem, prompt_ids
@@ -197,7 +197,7 @@ def run(given: argparse.Namespace) -> int:
     if given.out and len(given.models) > 1:
         raise UserError(f"--out is given with {len(given.models)} models; expected one, or no --out")
     device = device_from(given.device)
-    plans = [(settings_from(model, given, device), Path(given.out or folder_of(model))) for model in given.models]
+    plans = [(settings_from(model, given, device), place_of(model, given.out)) for model in given.models]
     complete = [evaluate_model(settings, out, device, given.resume) for settings, out in plans]
     return 0 if all(complete) else 2
 
@@ -205,14 +205,8 @@ def run(given: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
-        return run(parser().parse_args(arguments))
-    except (UserError, OSError) as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command with --resume goes on", file=sys.stderr)
-        return 130
+    again = "stopped; the same command with --resume goes on"
+    return status_of(lambda: run(parser().parse_args(arguments)), stopped=again)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import transformers
 
-from border import UserError
+from border import UserError, one_line_at_most
 from engine.guard import Trainer
 from engine.memory import device_bytes, fitting
 from run import both, folder
@@ -89,7 +89,7 @@ def usual_task(settings: Settings, tokenizer) -> ToyTask | DataTask:
 def one_run(given: dict, new_task: Callable, new_trainer: Callable) -> int:
     """One run; returns its exit status. Raises UserError, and KeyboardInterrupt that says what is kept."""
     settings, out = settings_and_folder(given)
-    folder.refuse_links(out)
+    folder.refuse_odd(out)
     device_from(given.get("device"))  # refused before the folder is made
     grpo_folder = given.get("grpo")  # only in the second of two runs: that of the first
     go_on = given["command"] if "both" in given else f"python train.py --resume --out {shlex.quote(str(out))}"
@@ -128,20 +128,14 @@ def main(
     """The command; returns its exit status. lab/ hands over tasks and trainers of its own."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
+    with one_line_at_most(stopped="stopped; what was saved before stays") as end:
         arguments = sys.argv[1:] if arguments is None else list(map(str, arguments))
         given = vars(parser(__doc__).parse_args(arguments or ["--both"]))
         given["command"] = shlex.join(["python", "train.py", *arguments])
         for options in both.two_runs(given) if "both" in given else [given]:
             if status := one_run(options, new_task, new_trainer):
                 return status
-        return 0
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stopped:  # without a text: outside the training steps, or for the second time
-        print(str(stopped) or "stopped; what was saved before stays", file=sys.stderr)
-        return 130
+    return end.status
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ if __name__ == "__main__":  # before the imports, which take seconds
     one_line_for_ctrl_c()
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from border import OptionParser, UserError, status_of
+from border import MOST_SEED, OptionParser, UserError, check_numbers, status_of
 from clipo import ContrastiveHead, end_of_sequence_ids
 from engine.rollouts import generate
 from run import folder
@@ -87,11 +86,25 @@ def flat_rows(values: torch.Tensor) -> np.ndarray:
     return (values.flatten(0, 1) if values.ndim == 3 else values).cpu().numpy()
 
 
+def names(models: Sequence[str]) -> list[str]:
+    """Of the panels: the last part of a path where that tells the models apart, else the whole, else a number too.
+
+    >>> names(["A/toy", "B/toy", "C", "C"])
+    ['A/toy', 'B/toy', 'C', 'C (2)']
+    """
+    short = ["before", *(Path(model).name for model in models)]  # the first run's start has a panel too
+    found = []
+    for i, model in enumerate(models):
+        name = Path(model).name if short.count(Path(model).name) == 1 else model
+        found.append(name if name not in ["before", *found] else f"{name} ({i + 1 - models.index(model)})")
+    return found
+
+
 def panels(models: Sequence[str], problems: Sequence[Problem], given: argparse.Namespace) -> dict[str, dict]:
     """{name: {"hidden" or "z", "right", "question", "sound"}} of each model, before them the first run's start."""
     device, found = device_from(given.device), {}
     first = folder.read_settings(Path(models[0]))
-    for name, source in [*([("before", first["model"])] if first else []), *((Path(m).name, m) for m in models)]:
+    for name, source in [*([("before", first["model"])] if first else []), *zip(names(models), models, strict=True)]:
         model, tokenizer = load_model(source, device)
         try:
             one = embed(model, tokenizer, problems, given)
@@ -126,14 +139,11 @@ def parser() -> argparse.ArgumentParser:
 
 def run(given: argparse.Namespace) -> None:
     """Sample, embed, save, draw. Raises UserError."""
-    for option in ("questions", "samples", "max_new_tokens", "perplexity"):
-        if (value := getattr(given, option)) is not None and not 1 <= value < math.inf:
-            raise UserError(f"--{option.replace('_', '-')} is {value}; expected 1 or more")
+    check_numbers(vars(given), dict.fromkeys(("questions", "samples", "max_new_tokens", "perplexity"), 1))
     if given.questions * given.samples < FEWEST:
         few = f"{given.questions * given.samples} rollouts are too few for a picture"
         raise UserError(f"{few}; expected {FEWEST} or more")
-    if not 0 <= given.seed < 2**32:
-        raise UserError(f"--seed is {given.seed}; expected 0 to {2**32 - 1}")
+    check_numbers(vars(given), {"seed": 0}, MOST_SEED)
     if bool(given.runs) == bool(given.redraw):
         raise UserError("expected either runs (or models) or --redraw with a tsne.npz")
     if given.redraw:

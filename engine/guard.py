@@ -43,6 +43,10 @@ def require_finite(phase: str, *values: Tensor) -> None:
         raise BrokenNumbers(phase)
 
 
+class BrokenWeights(RuntimeError):
+    """A weight is NaN or infinite after a step of finite numbers: nothing of it may be saved."""
+
+
 class OutOfMemory(RuntimeError):
     """Even the least at a time does not fit in memory."""
 
@@ -197,7 +201,12 @@ class Trainer(variants.DynamicSampling):
         return stats
 
     def descend(self, optimizer: torch.optim.Optimizer) -> float:
-        """An optimiser step, or BrokenNumbers where the gradient is no number: before any weight has seen it."""
+        """An optimiser step, or BrokenNumbers where the gradient is no number: before any weight has seen it.
+
+        The bounds in config.py leave AdamW no way from finite numbers to a broken weight, so no copy is kept to undo a
+        step with. A look at the weights afterwards costs a read of them, and holds for what the bounds do not know: an
+        optimiser of somebody's own, a defect of the hardware. BrokenWeights ends the run before it saves.
+        """
         phase = "update" if optimizer is self.policy_optimizer else "contrast"
         try:
             norm = super().descend(optimizer)
@@ -205,6 +214,8 @@ class Trainer(variants.DynamicSampling):
             if "non-finite" not in str(reason):
                 raise
             raise BrokenNumbers(phase) from reason
+        if not all(p.isfinite().all() for group in optimizer.param_groups for p in group["params"]):
+            raise BrokenWeights(f"a weight became NaN or infinite in step {self.steps_done + 1} ({phase})")
         self.lap(phase)
         return norm
 

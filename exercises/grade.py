@@ -7,6 +7,9 @@ A student's folder has 01_group_advantage/answer.py and so on, as in exercises/,
 mark is the number of checks that pass. Every answer runs in a process of its own, with a time limit, in a student's
 copy: there clipo.py has no function that a task asks for. It is a program of somebody else, and has your rights: if you
 do not know whose it is, grade in a container or as another user.
+
+A mark can be forged. An answer is imported where its checks run, because they look at its tensors and gradients; so it
+can change the checks, or write the results itself. Where a mark counts, read the answer too.
 """
 
 from __future__ import annotations
@@ -99,7 +102,7 @@ def run(arguments: list[str], copy: Path, place: str, limit: float) -> str:
 
 def read(results: Path) -> Iterable[tuple[str, str | None]]:
     """The lines that the child wrote, as far as it came."""
-    for line in results.read_text(encoding="utf-8", errors="replace").splitlines() if results.exists() else ():
+    for line in results.read_text(encoding="utf-8", errors="replace").splitlines() if results.is_file() else ():
         with suppress(ValueError, TypeError):
             name, message = json.loads(line)
             yield str(name), None if message is None else str(message)

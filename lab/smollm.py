@@ -19,6 +19,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from border import UserError, in_short, status_of
+from run.folder import save_model
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -53,8 +54,7 @@ def make(out: Path) -> None:
         raise UserError(f"{out} exists; expected a folder that does not, or to use it as it is")
     model, tokenizer = opened()
     aside = out.with_name(out.name + ".writing")
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
+    save_model(model, tokenizer, aside)
     aside.rename(out)
     print(out)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 import variants
 from clipo import HeadTrainer
 from config import CLIPOConfig
+from run.folder import save_tensors
 
 
 class ContrastiveReward(TrainerCallback):
@@ -114,7 +115,7 @@ class ContrastiveReward(TrainerCallback):
 
     def save(self, folder: Path) -> None:
         """Head, its optimiser and its step number."""
-        save_file(self.half.head.state_dict(), folder / "head.safetensors")
+        save_tensors(self.half.head.state_dict(), folder / "head.safetensors")
         torch.save(self.half.head_optimizer.state_dict(), folder / "head_optimizer.pt")
         (folder / "head_state.json").write_text(json.dumps({"steps_done": self.half.steps_done}))
 

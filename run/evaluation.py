@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from border import UserError, misfit
+from border import MOST_SEED, UserError, check_numbers, misfit
 from run import folder
 from tasks.data import BENCHMARKS, Problem, load_problems
 from tasks.toy import LEVELS, stories
@@ -76,10 +75,9 @@ class Evaluation:
 
 def settings_from(model: str, given: argparse.Namespace, device: torch.device) -> Evaluation:
     """Raises UserError for options out of range and for data that nobody named."""
-    for name, low in (("limit", 1), ("samples", 1), ("temperature", 0), ("max_new_tokens", 1), ("max_batch", 1)):
-        value = getattr(given, name)
-        if value is not None and not low <= value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; expected {low} or more")
+    lowest = {"limit": 1, "samples": 1, "temperature": 0, "max_new_tokens": 1, "max_batch": 1}
+    check_numbers(vars(given), lowest)
+    check_numbers(vars(given), {"seed": 0}, MOST_SEED)
     if given.top_p is not None and not 0 < given.top_p <= 1:
         raise UserError(f"--top-p is {given.top_p}; expected a number in (0, 1]")
     data = given.data or trained_on(model)
@@ -114,9 +112,17 @@ def trained_on(model: str) -> list[str]:
     return ["math500"] if data == "math" else [data]
 
 
-def folder_of(model: str) -> Path:
-    """Where the results of a model go."""
-    return Path(model) / "eval" if Path(model).is_dir() else Path("runs") / f"eval-{Path(model).name}"
+def place_of(model: str, chosen: str | None) -> Path:
+    """Where the results of a model go: to the folder chosen, or beside it. Raises UserError if it has other content."""
+    beside = Path(model) / "eval" if Path(model).is_dir() else Path("runs") / f"eval-{Path(model).name}"
+    out = Path(chosen) if chosen else beside
+    folder.refuse_others(out, ["settings.json", "rollouts.jsonl", "results.json", "results.md"])
+    folder.refuse_odd(out)
+    if (out / "settings.json").exists():
+        folder.read_json(out / "settings.json", {"chosen": dict, "data": [str], "max_batch": int})
+    elif folder.whole_lines(out / "rollouts.jsonl"):
+        raise UserError(f"{out} holds rollouts.jsonl without its settings.json; expected a new or empty --out")
+    return out
 
 
 def begin(settings: Evaluation, out: Path, resume: bool) -> list[dict]:
@@ -130,7 +136,7 @@ def begin(settings: Evaluation, out: Path, resume: bool) -> list[dict]:
         before = folder.read_json(file, {})
         if changed := [name for name in wanted if before.get(name) != wanted[name] and name != "cuda_graphs"]:
             raise UserError(f"{out} was begun with another {', '.join(changed)}; leave it so, or choose another --out")
-    file.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
+    folder.write_text(file, json.dumps(wanted, indent=1))
     return rows
 
 

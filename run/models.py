@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from border import UserError, has_type, in_short
+from border import UserError, has_type, in_short, is_panic
 from tasks.data import prompt_ids
 
 
@@ -42,13 +45,27 @@ def load_model(source: str, device: str | torch.device):
     """Model (float32, evaluation mode) and tokenizer of a folder or a hub name. Raises UserError."""
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise UserError(f"model {source} has no config.json; expected a folder that save_pretrained wrote")
+    for file in Path(source).iterdir() if Path(source).is_dir() else ():
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise UserError(
+                f"model {source}: {file.name} is no plain file; expected a folder that save_pretrained wrote"
+            )
     try:
         tokenizer = load_tokenizer(source)
         known = len(tokenizer("1 + 1")["input_ids"])
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if "/" in str(kernel := config._attn_implementation):
+            raise ValueError(f"its config.json asks for an attention of the hub, {kernel}, which is code.")
+        config._attn_implementation = "sdpa"  # the file's own word would win over an argument
         model, found = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False, output_loading_info=True
-        )
-    except Exception as reason:  # what a broken folder makes transformers and its libraries raise has no common class
+            source, config=config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False,
+            output_loading_info=True,
+        )  # fmt: skip
+    except (
+        BaseException
+    ) as reason:  # what a broken folder makes transformers and its libraries raise has no common class
+        if not (isinstance(reason, Exception) or is_panic(reason)):
+            raise
         raise UserError(
             f"model {source} could not be opened: {in_short(reason)} Expected a folder that save_pretrained wrote, "
             "or the name of a causal language model on the hub"
@@ -62,23 +79,38 @@ def load_model(source: str, device: str | torch.device):
         raise UserError(
             f"model {source}: its tokenizer knows no text; expected the tokenizer's files beside the model's"
         )
+    vocabulary = model.get_input_embeddings().num_embeddings
     stop = getattr(model.generation_config, "eos_token_id", None)
-    if not all(has_type(token, int) for token in (stop if isinstance(stop, list) else [stop or 0])):
+    ids = stop if isinstance(stop, list) else [0 if stop is None else stop]
+    if not ids or not all(has_type(token, int) and 0 <= token < vocabulary for token in ids):
         raise UserError(f"model {source}: its eos_token_id is {stop!r}; expected the id of a token, or a list of ids")
     try:
-        prompt_ids(tokenizer, "1 + 1")
+        with said_if_endless(f"model {source}: its chat template is still at work"):
+            prompt_ids(tokenizer, "1 + 1")
     except Exception as reason:  # a chat template is a program of the folder's
         raise UserError(
             f"model {source}: its chat template cannot be used ({type(reason).__name__}: {in_short(reason)}); "
             "expected one that takes a user's message, or none"
         ) from reason
-    vocabulary = model.get_input_embeddings().num_embeddings
     if (tokens := 1 + max(tokenizer.get_vocab().values())) > vocabulary:
         raise UserError(
             f"model {source}: its tokenizer has {tokens} tokens, its embedding only {vocabulary}; "
             "expected a tokenizer made for this model"
         )
     return model.to(device).eval(), tokenizer
+
+
+@contextmanager
+def said_if_endless(what: str, seconds: float = 20):
+    """Nothing ends a template: it is trusted as far as it can get, which is not out of Jinja's sandbox."""
+    line = f"{what}; it is a program of the folder's, which has no limit of time or memory; Ctrl-C ends it"
+    timer = Timer(seconds, print, [line], {"file": sys.stderr})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def check_room(policy, longest_prompt: int, max_new_tokens: int) -> None:

@@ -14,18 +14,23 @@ import argparse
 import base64
 import hashlib
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from border import OptionParser, UserError, status_of
+from border import OptionParser, UserError, misfit, status_of
 from run import folder as run_folder
 
 TEMPLATE = Path(__file__).with_name("page.html")
 BUDGET = 3_500_000  # characters of groups on a page: it stays well under 5 MB
 POINTS = 1000  # of a curve
+FLOAT32 = 3.4e38  # where it ends
 LONGEST = 6000  # characters of a response
+ROLLOUT = {
+    "text": str, "correct": bool, "anchor": bool, "positives": [int], "contrastive_loss": float,
+    "contrastive_reward": float, "reward": float, "advantage": float,
+}  # fmt: skip
+GROUP = {"step": int, "question": str, "rollouts": [ROLLOUT]}
 
 
 def read_run(folder: Path) -> dict:
@@ -34,10 +39,14 @@ def read_run(folder: Path) -> dict:
         raise UserError(f"{folder} holds no run (no settings.json); expected the folder of a run of train.py")
     try:
         metrics = run_folder.read_lines(folder / "metrics.jsonl", {"step": int, "seconds": dict})
-        groups = run_folder.read_lines(folder / "rollouts.jsonl", {"step": int, "rollouts": [{"text": str}]})
+        groups = run_folder.read_lines(folder / "rollouts.jsonl", GROUP)
+        for number, group in enumerate(groups, 1):
+            if wrong := misfit_within(group):
+                raise UserError(f"rollouts.jsonl, line {number}: {wrong}")
     except (OSError, UserError) as reason:
         raise UserError(f"{folder}: its lines cannot be read ({reason}); expected what train.py wrote") from reason
     config = settings.pop("config")
+    settings.pop("checksums", None)
     if not metrics:
         raise UserError(f"{folder} has no finished step yet; expected one in metrics.jsonl")
     return {
@@ -53,6 +62,26 @@ def read_run(folder: Path) -> dict:
     }
 
 
+def misfit_within(group: dict) -> str | None:
+    """What in a group does not fit the rest of it: the page would look for what is not there."""
+    rows, n = group["rollouts"], len(group["rollouts"])
+    if not n:
+        return "it has no rollouts"
+    if wrong := misfit(group, {"cosine": [[float]]}) if "cosine" in group else None:
+        return wrong
+    if {len(row) for row in group.get("cosine", [])} - {n} or len(group.get("cosine", rows)) != n:
+        return "cosine has not a row and a column for each rollout"
+    if not all(0 <= i < n for row in rows for i in row["positives"]):
+        return "positives name a rollout that is not there"
+    if not all(row.get("bad_step") is None or fits_pair(row["bad_step"]) for row in rows):
+        return "bad_step is no pair of places"
+    return None
+
+
+def fits_pair(value) -> bool:
+    return misfit(value, [int]) is None and len(value) == 2
+
+
 def read_evaluation(file: Path) -> dict:
     """{model: {level: {metric: [successes, trials]}}}; {} if there is none yet. Raises UserError."""
     if not file.exists():
@@ -64,14 +93,17 @@ def read_evaluation(file: Path) -> dict:
         return isinstance(value, dict) and all(is_table(part, depth - 1) for part in value.values())
 
     table = run_folder.read_json(file, {})
-    if not is_table(table, 3):
+    if (
+        not is_table(table, 3)
+        or len({str({level: list(of) for level, of in one.items()}) for one in table.values()}) > 1
+    ):
         raise UserError(f"{file} is no table of levels; expected what train.py wrote")
     return table
 
 
 def curve_point(row: dict) -> dict:
     """A step's numbers, flat: the seconds of each phase beside the others."""
-    numbers = {name: value for name, value in row.items() if name != "seconds"} | row["seconds"]
+    numbers = row["seconds"] | {name: value for name, value in row.items() if name != "seconds"}
     return {**numbers, "warm": row.get("policy_loss", 0) is None}
 
 
@@ -112,7 +144,9 @@ def fit(run: dict, budget: int) -> None:
 
 
 def as_json(value) -> str:
-    """JSON that can stand inside a page: five significant digits, null for what is no number, no "<" anywhere.
+    """JSON that can stand inside a page: five significant digits, null for what is no number of ours, no "<" anywhere.
+
+    A browser reads 1.8e308 as no number either, and computes with what it reads: float32's range leaves it room.
 
     >>> as_json({"loss": float("nan"), "text": "</script>", "kl": 0.123456})
     '{"loss":null,"text":"\\\\u003c/script>","kl":0.12346}'
@@ -124,7 +158,9 @@ def as_json(value) -> str:
         if isinstance(value, list):
             return [plain(part) for part in value]
         if isinstance(value, float):
-            return float(f"{value:.5g}") if math.isfinite(value) else None
+            return float(f"{value:.5g}") if abs(value) < FLOAT32 else None
+        if isinstance(value, int) and abs(value) >= 2**53:
+            return None
         return value
 
     return json.dumps(plain(value), separators=(",", ":")).replace("<", "\\u003c")

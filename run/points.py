@@ -10,6 +10,7 @@ from sklearn.metrics import silhouette_score
 from sklearn.neighbors import NearestNeighbors
 
 from border import UserError
+from run.folder import plain
 
 
 def silhouette(points: np.ndarray, right: np.ndarray, question: np.ndarray) -> float | None:
@@ -80,7 +81,12 @@ def number(value: float | None) -> str:
 
 
 def flat(points: np.ndarray, perplexity: float, seed: int) -> np.ndarray:
-    """t-SNE in two dimensions from a PCA start, the same for all panels: (B, width) -> (B, 2)."""
+    """t-SNE in two dimensions from a PCA start, the same for all panels: (B, width) -> (B, 2).
+
+    Equal points are one place. scikit-learn would divide by their spread, and its search of the NaN reads wild memory.
+    """
+    if np.ptp(points, axis=0).max() <= 1e-6 * np.abs(points).max():
+        return np.zeros((len(points), 2))
     perplexity = min(perplexity, (len(points) - 1) / 3)
     return TSNE(perplexity=perplexity, init="pca", metric="cosine", random_state=seed).fit_transform(points)
 
@@ -145,7 +151,9 @@ def draw(found: dict[str, dict], file: Path, *, perplexity: float, seed: int, by
     legend = figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     for handle in legend.legend_handles:
         handle.set_sizes([30])
-    figure.savefig(file, dpi=110)
+    aside = file.with_name(f"{file.stem}.new.png")
+    figure.savefig(aside, dpi=110)
+    aside.replace(file)  # nothing is written through a link
     plt.close(figure)
 
 
@@ -153,14 +161,16 @@ def save_points(found: dict[str, dict], file: Path) -> None:
     """All that the picture is drawn from; float16 is finer than a point."""
     flat_names = {f"{name}/{kind}": values for name, one in found.items() for kind, values in one.items()}
     half = {n: v.astype(np.float16) if v.dtype == np.float32 else v for n, v in flat_names.items()}
-    np.savez_compressed(file, **half)
+    aside = file.with_name(f"{file.stem}.new.npz")
+    np.savez_compressed(aside, **half)
+    aside.replace(file)
 
 
 def load_points(file: Path) -> dict[str, dict]:
     """What `save_points` wrote. Raises UserError."""
     found: dict[str, dict] = {}
     try:
-        with np.load(file) as points:
+        with np.load(plain(file)) as points:
             arrays = {key: points[key] for key in points}
     except Exception as reason:  # numpy and zipfile raise a dozen classes for what is no .npz, or a broken one
         raise UserError(f"{file} cannot be read; expected a tsne.npz that this command wrote") from reason
@@ -182,5 +192,5 @@ def is_points(kind: str, values: np.ndarray) -> bool:
     """Is an array of a tsne.npz what its name says: points (B, width), or (B,) of verdicts or numbers?"""
     if kind in SPACES:
         fits = values.ndim == 2 and len(values) >= FEWEST and values.shape[1] > 1 and values.dtype == np.float32
-        return fits and bool(np.isfinite(values).all())
+        return fits and bool((np.abs(values) < 1e15).all())  # their squares' sums are float32 too; NaN is not below
     return values.ndim == 1 and values.dtype == {"right": bool, "sound": bool, "question": np.int64}.get(kind)

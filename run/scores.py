@@ -95,8 +95,8 @@ def save_results(settings: Evaluation, results: dict[str, dict], out: Path) -> N
     """The table of an evaluation: shown, and kept as Markdown and JSON."""
     print(f"\n{settings.model}: shares in percent, 95% intervals\n\n{table_of_benchmarks(results)}\n")
     saved = {"settings": asdict(settings), "results": results}
-    (out / "results.json").write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
-    (out / "results.md").write_text(table_of_benchmarks(results, markdown=True) + "\n", encoding="utf-8")
+    folder.write_text(out / "results.json", json.dumps(saved, indent=1) + "\n")
+    folder.write_text(out / "results.md", table_of_benchmarks(results, markdown=True) + "\n")
     print(f"{out} holds results.json, results.md and rollouts.jsonl")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import variants
-from border import OptionParser, UserError, check_types, from_json
+from border import OptionParser, UserError, check_numbers, check_types, from_json
 from config import ENGINES, TRACKS, CLIPOConfig, add_options, config_from
 from run import folder
 from tasks.data import BENCHMARKS, TRAINING_SETS
@@ -33,9 +33,13 @@ class Settings:
     command: str = ""  # that began the run
     engine: str = "fast"  # whose functions computed it
     world: dict = field(default_factory=dict)  # changes to tasks.toy.World
+    checksums: dict = field(default_factory=dict)  # of the files of the start model and of a data file, when it began
+    threads: int | None = None  # of torch, when it began: on other ones it adds in another order
 
     def __post_init__(self):
         check_types(self)
+        if self.model == "":
+            raise ValueError("model is empty; expected a folder or a name on the hub")
         for name, known in (("track", TRACKS), ("size", SIZES), ("engine", ENGINES)):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} is {value!r}; expected one of: {', '.join(known)}")
@@ -94,21 +98,21 @@ def parser(about: str = "") -> argparse.ArgumentParser:
 
 def settings_and_folder(given: dict) -> tuple[Settings, Path]:
     """What a new or resumed run computes, and where it is written. Raises UserError."""
-    for name, least in (("save_every", 1), ("log_groups", 1), ("warm_start_batches", 1), ("test_stories", 0)):
-        if given.get(name, least) < least:
-            raise UserError(f"--{name.replace('_', '-')} is {given[name]}; expected {least} or more")
+    check_numbers(given, {"save_every": 1, "log_groups": 1, "warm_start_batches": 1, "test_stories": 0})
     for name in ("model", "data"):  # a run may be resumed from another folder
         if name in given and Path(given[name]).exists() and given[name] not in ("toy", *TRAINING_SETS):
             given[name] = str(Path(given[name]).resolve())
     if not given.get("resume"):
         settings = new_settings(given)
         out = Path(given.get("out", default_out(settings)))
-        if (out / "settings.json").exists() or folder.checkpoints(out):
-            raise UserError(f"{out} already holds a run; go on with --resume --out {out}, or choose another --out")
-        return settings, out
-    if "out" not in given:
+        folder.refuse_used(out)
+    elif "out" not in given:
         raise UserError("--resume is given without --out; expected --out with the folder of the run to go on with")
-    return settings_of_run(given, Path(given["out"])), Path(given["out"])
+    else:
+        out = Path(given["out"])
+        settings = settings_of_run(given, out)
+    folder.refuse_inside(out, settings.model)
+    return settings, out
 
 
 def new_settings(given: dict) -> Settings:
@@ -216,3 +220,41 @@ def as_options(settings: dict) -> list[str]:
 
 def save_settings(settings: Settings, out: Path) -> None:
     folder.write_text(out / "settings.json", json.dumps(dataclasses.asdict(settings), indent=1))
+
+
+# ----------------------------------------------------------------------------------------------------
+# What a run reads from this disk stays as it was
+# ----------------------------------------------------------------------------------------------------
+
+
+def checksums_of(model: Path) -> dict[str, str]:
+    """Of each file in a model's folder that opening it may read: weights, configuration, tokenizer."""
+    kinds = (
+        "*.safetensors", "*.bin", "*.index.json", "config.json", "generation_config.json", "tokenizer*", "*.jinja",
+        "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    )  # fmt: skip
+    files = {file for kind in kinds for file in model.glob(kind) if file.is_file()}
+    of_a_run = ("head.safetensors", "optimizers.safetensors")
+    return {file.name: folder.checksum(file) for file in sorted(files) if file.name not in of_a_run}
+
+
+def checksums_now(settings: Settings) -> dict[str, str]:
+    """Of the start's files, "model/config.json" and so on, and of a data file, "data"; {} for what is on the hub."""
+    found = {}
+    if settings.model and Path(settings.model).is_dir():
+        found = {f"model/{name}": value for name, value in checksums_of(Path(settings.model)).items()}
+    if Path(settings.data).suffix and Path(settings.data).is_file():
+        found["data"] = folder.checksum(Path(settings.data))
+    return found
+
+
+def refuse_changed(settings: Settings) -> None:
+    """Raise UserError if a run that goes on would find another start, its reference, or other data than it began with.
+
+    A run of an older version knows no checksums.
+    """
+    before = settings.checksums
+    now = checksums_now(settings) if before else {}
+    if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
+        place = settings.data if changed[0] == "data" else f"{settings.model}{changed[0].removeprefix('model')}"
+        raise UserError(f"{place} has changed since the run began, or is gone; expected the file that it began with")

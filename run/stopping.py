@@ -1,4 +1,4 @@
-"""How a run ends early: Ctrl-C, a polite kill, a full disk, too little memory."""
+"""How a run ends early: Ctrl-C, a closed terminal, a polite kill, a full disk, too little memory, a broken weight."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from tqdm import tqdm
 
 from border import UserError, in_short
 from engine.graphs import CaptureFailed, ran_out_of_memory
-from engine.guard import OutOfMemory
+from engine.guard import BrokenWeights, OutOfMemory
 
 
 class StopAsked:
-    """Ctrl-C and a polite kill. While something is at work (`finishing`) the first one only raises a flag; otherwise,
-    and the second time, it stops at once by KeyboardInterrupt. Afterwards all is as it was."""
+    """Ctrl-C, a polite kill, a closed terminal. While something is at work (`finishing`) the first one only raises a
+    flag; otherwise, and the second time, it stops at once by KeyboardInterrupt. Afterwards all is as it was."""
 
     def __init__(self):
         self.asked, self.at_work = False, ""
 
     def __enter__(self) -> StopAsked:
-        self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        hang_up = getattr(signal, "SIGHUP", None)  # not on Windows
+        if hang_up is not None and signal.getsignal(hang_up) != signal.SIG_IGN:  # nohup means to go on
+            numbers.append(hang_up)
+        self.before = {number: signal.signal(number, self) for number in numbers}
         return self
 
     def __exit__(self, *_):
@@ -54,6 +58,8 @@ def as_user_errors(out: Path):
         raise UserError(f"{why}; expected a folder with room that can be written; what was saved stays") from reason
     except CaptureFailed as reason:
         raise UserError(f"--cuda-graphs: {reason}; leave it out, and rollouts go on without") from reason
+    except BrokenWeights as reason:
+        raise UserError(f"{reason}; what was saved stays; expected a smaller --lr or --head-lr") from reason
     except RuntimeError as reason:
         if not (isinstance(reason, OutOfMemory) or ran_out_of_memory(reason)):
             raise

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -23,7 +27,7 @@ from engine.forward import output_logits, pad_right
 from engine.update import micro_batches
 from run import folder as run_folder
 from run.models import load_model
-from run.settings import Settings
+from run.settings import Settings, checksums_now, checksums_of, refuse_changed
 from run.stopping import StopAsked
 from tasks.data import prompt_ids
 from tasks.toy import SIZES, WORLD, Demonstrator, World, make_tokenizer
@@ -234,8 +238,16 @@ def warm_start(
 def open_start(settings: Settings, runs: Path, device: torch.device, resume: bool, stop: StopAsked):
     """Policy and tokenizer that a run begins with; on the toy world, warm-started. `settings.model` is then its folder.
 
-    A model that knows the stories has had its warm start.
+    A model that knows the stories has had its warm start. Raises UserError if a run goes on and its start has changed.
     """
+    threads = torch.get_num_threads()
+    if resume:
+        refuse_changed(settings)
+        if device.type == "cpu" and settings.threads not in (None, threads):
+            print(
+                f"the run began on {settings.threads} threads and goes on on {threads}, which add in another order: to "
+                f"the bits it would have had, OMP_NUM_THREADS={settings.threads}", file=sys.stderr,
+            )  # fmt: skip
     policy, tokenizer = load_model(settings.model, device) if settings.model else (None, None)
     if settings.on_toy and not resume and not knows_the_stories(tokenizer):
         del policy  # another takes its place, and its memory
@@ -243,6 +255,8 @@ def open_start(settings: Settings, runs: Path, device: torch.device, resume: boo
         world = World.changed(settings.world)
         settings.model = str(warm_started(*start, world=world, stop=stop, model=settings.model))
         policy, tokenizer = load_model(settings.model, device)
+    if not resume:
+        settings.checksums, settings.threads = checksums_now(settings), threads
     return policy, tokenizer
 
 
@@ -264,7 +278,7 @@ def warm_started(
         for f in dataclasses.fields(world)
         if f.name != "friend_right" and getattr(world, f.name) != getattr(WORLD, f.name)
     ]
-    whose = Path(model).name if model else size
+    whose = name_of(model) if model else size
     folder = runs / "-".join([f"warm-start-{whose}-seed{seed}-{batches}", *changed])
     runs.mkdir(parents=True, exist_ok=True)
     with run_folder.only_one(Path(f"{folder}.lock"), wait=f"{folder} is being made by another process: waiting for it"):
@@ -281,6 +295,14 @@ def warm_started(
     return folder.resolve()
 
 
+def name_of(model: str) -> str:
+    """Of a warm start's model: two folders of one last name are two models, and so is one that was written anew."""
+    if not Path(model).is_dir():
+        return model.replace("/", "--")
+    content = json.dumps(checksums_of(Path(model)))
+    return f"{Path(model).name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+
+
 SECONDS_AT_RISK = 20  # of work, that a pulled plug may cost a warm start
 SHARE_OF_SAVING = 1 / 20  # of its time at most goes into saving; where that asks for it, more is at risk
 
@@ -290,7 +312,7 @@ def make_warm_start(folder: Path, training: WarmStart, stop: StopAsked | None) -
     model, batches, device = training.model, training.batches, training.model.device
     part = Path(f"{folder}.part.safetensors")
     try:
-        if part.exists():
+        if run_folder.plain(part).exists():
             training.go_on_from(load_file(part, device=str(device)))
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as reason:
         raise UserError(f"{part} cannot be used ({reason}); delete it, and the warm start begins anew") from reason
@@ -313,7 +335,10 @@ def make_warm_start(folder: Path, training: WarmStart, stop: StopAsked | None) -
                     "command goes on"
                 )
     aside = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
-    model.eval().save_pretrained(aside)
-    training.tokenizer.save_pretrained(aside)
-    aside.rename(folder)
+    try:
+        run_folder.save_model(model.eval(), training.tokenizer, aside)
+        aside.rename(folder)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     part.unlink(missing_ok=True)

@@ -97,6 +97,9 @@ def place(tmp_path_factory):
     broken("unfitting-layers", num_hidden_layers=9)
     broken("more-layers", num_hidden_layers=9, layer_types=None)
     broken("odd-eos", ["generation_config.json"]).joinpath("generation_config.json").write_text('{"eos_token_id": "x"}')
+    for name, ids in (("empty", []), ("far", [10**9, 1]), ("below", -1), ("true", True)):
+        folder = broken(f"{name}-eos", ["generation_config.json"])
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
     broken("no-heads", num_attention_heads=0)
     for name, template in (("syntax", "{% if %}"), ("unknown", "{{ colour() }}"), ("raising", "{{ 1 / 0 }}")):
         (broken(f"template-{name}") / "chat_template.jinja").write_text(template)
@@ -192,6 +195,10 @@ TRAINING = [
         with_model("odd-eos"),
         "model {here}/odd-eos: its eos_token_id is 'x'; expected the id of a token, or a list of ids",
     ),
+    *(
+        (with_model(f"{name}-eos"), f"model {{here}}/{name}-eos: its eos_token_id is {ids}; expected the id of a ...")
+        for name, ids in (("empty", "[]"), ("far", "[1000000000, 1]"), ("below", "-1"), ("true", "True"))
+    ),
     (with_model("no-heads"), f"model {{here}}/no-heads could not be opened: ...{SAVED}"),
     (with_model("bad-tokenizer"), f"model {{here}}/bad-tokenizer could not be opened: ...{SAVED}"),
     (
@@ -250,6 +257,29 @@ TRAINING = [
     (with_options("--steps 0"), "--steps is 0; expected at least 1"),
     (with_options("--seed -1"), "--seed is -1; expected at least 0"),
     (with_options("--overlong-buffer 99"), "--overlong-buffer is 99; expected at most max_new_tokens, 4"),
+    *(
+        (with_options(f"--{name}={value}"), f"--{name} is {value}; expected at {bound}")
+        for name, value, bound in (
+            ("lr", "1e+38", "most 1"),
+            ("head-lr", "1e+38", "most 1"),
+            ("weight-decay", "1e+44", "most 1"),
+            ("head-weight-decay", "1e+30", "most 1"),
+            ("clip-high", "1e+39", "most 1000000"),
+            ("reward-floor", "-1e+300", "least -1000000"),
+            ("reward-ceiling", "1e+300", "most 1000000"),
+            ("beta", "1e+300", "most 1000000"),
+            ("weight", "1e+39", "most 1000000"),
+            ("max-grad-norm", "1e+39", "most 1000000"),
+            ("temperature", "1e+39", "most 100"),
+            ("tau", "1e+39", "most 100"),
+            ("seed", 2**52, f"most {2**32 - 1}"),
+            ("head-steps", 10**9, "most 1000000"),
+            ("save-every", 10**9, "most 1000000"),
+            ("log-groups", 10**9, "most 1000000"),
+            ("warm-start-batches", 10**9, "most 1000000"),
+            ("test-stories", 10**9, "most 1000000"),
+        )
+    ),
     (with_options("--save-every 0"), "--save-every is 0; expected 1 or more"),
     (with_options("--log-groups 0"), "--log-groups is 0; expected 1 or more"),
     (with_options("--warm-start-batches 0"), "--warm-start-batches is 0; expected 1 or more"),
@@ -344,6 +374,12 @@ EVALUATION = [
     ("model --data nothing", "--data names 'nothing'; expected some of: toy, ..."),
     ("model --data good.jsonl --samples 0", "--samples is 0; expected 1 or more"),
     ("model --data good.jsonl --temperature -1", "--temperature is -1.0; expected 0 or more"),
+    ("model --data good.jsonl --temperature inf", "--temperature is inf; expected at most 1000000"),
+    ("model --data good.jsonl --samples 9999999", "--samples is 9999999; expected at most 1000000"),
+    (
+        "model --data good.jsonl --seed 9999999999999999999",
+        "--seed is 9999999999999999999; expected at most 4294967295",
+    ),
     ("model --data good.jsonl --top-p 0", "--top-p is 0.0; expected a number in (0, 1]"),
     ("model --data good.jsonl --limit 0", "--limit is 0; expected 1 or more"),
     (
@@ -372,7 +408,7 @@ PICTURES = [
     ("model --questions 3 --samples 3", "9 rollouts are too few for a picture; expected 10 or more"),
     ("no-eos --data good.jsonl", "model no-eos: neither model nor tokenizer has an end-of-sequence token; ..."),
     ("untyped-run", "untyped-run/settings.json cannot be used (steps is 'ten'; expected int); expected what ..."),
-    ("model --data good.jsonl --seed -1", "--seed is -1; expected 0 to 4294967295"),
+    ("model --data good.jsonl --seed -1", "--seed is -1; expected 0 or more"),
     (
         "wide-run --max-new-tokens 3 --questions 2 --samples 5",
         "wide-run/head.safetensors does not fit its model and settings; expected all of one run",
@@ -484,3 +520,12 @@ def test_the_attack_knows_a_traceback_when_there_is_one(tmp_path, monkeypatch):
     assert "KeyError" in mistakes.outcome(page, "run", tmp_path, limit=9)
     monkeypatch.setattr(page, "main", lambda arguments: 2)
     assert "status 2" in mistakes.outcome(page, "run", tmp_path, limit=9)
+
+
+def test_every_number_has_both_ends():
+    """Whatever is added to CLIPOConfig."""
+    for f in dataclasses.fields(CLIPOConfig):
+        if isinstance(f.default, int | float) and not isinstance(f.default, bool):
+            for huge in (10**12, -(10**12)):
+                with pytest.raises(ValueError, match=f"^{f.name} is -?1.*; expected (at (least|most)|more than) "):
+                    CLIPOConfig(**{f.name: type(f.default)(huge)})
