@@ -214,7 +214,8 @@ class Trainer(variants.DynamicSampling):
             if "non-finite" not in str(reason):
                 raise
             raise BrokenNumbers(phase) from reason
-        if not all(p.isfinite().all() for group in optimizer.param_groups for p in group["params"]):
+        finite = [p.isfinite().all() for group in optimizer.param_groups for p in group["params"]]
+        if not torch.stack(finite).all():  # a GPU is waited for once
             raise BrokenWeights(f"a weight became NaN or infinite in step {self.steps_done + 1} ({phase})")
         self.lap(phase)
         return norm

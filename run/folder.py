@@ -45,9 +45,7 @@ except ImportError:  # not on Windows
 KEPT = 2  # checkpoints
 SEAL = "state.json"  # of a checkpoint: its step, and the checksums of its other files
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
-OF_A_SAVE = re.compile(
-    r"step-\d{6,}(\.writing|\.removing)?"
-)  # what a save makes, moves and removes: nothing else is ours
+OF_A_SAVE = re.compile(r"step-\d{6,}(\.writing|\.removing)?")  # a save makes, moves and removes nothing else
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -151,9 +149,8 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint: a file that is missing, or is not what was written. None if it is whole."""
     try:
         seal = from_json(plain(folder / SEAL).read_text(encoding="utf-8"))
-        if wrong := misfit(
-            seal, {"steps_done": int, "sha256": {"head.safetensors": str, "optimizers.safetensors": str}}
-        ):
+        sums = {"head.safetensors": str, "optimizers.safetensors": str}
+        if wrong := misfit(seal, {"steps_done": int, "sha256": sums}):
             raise ValueError(wrong)
         sealed = seal["sha256"]
         unsealed = [file.name for file in folder.glob("*.safetensors") if file.name not in sealed]
@@ -406,7 +403,11 @@ def let_others_read(file: Path) -> None:
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     """Put tensors in place of a file, at once. Raises OSError."""
     aside = file.with_name(file.name + ".new")
-    save_tensors(tensors, aside)
+    try:
+        save_tensors(tensors, aside)
+    except OSError:
+        aside.unlink(missing_ok=True)  # a full disk has no room for half of it
+        raise
     flush(aside)
     aside.replace(file)
 

@@ -43,16 +43,10 @@ def load_tokenizer(source: str):
 
 def load_model(source: str, device: str | torch.device):
     """Model (float32, evaluation mode) and tokenizer of a folder or a hub name. Raises UserError."""
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise UserError(f"model {source} has no config.json; expected a folder that save_pretrained wrote")
-    for file in Path(source).iterdir() if Path(source).is_dir() else ():
-        if file.exists() and not (file.is_file() or file.is_dir()):
-            raise UserError(
-                f"model {source}: {file.name} is no plain file; expected a folder that save_pretrained wrote"
-            )
+    check_folder(Path(source))
     try:
         tokenizer = load_tokenizer(source)
-        known = len(tokenizer("1 + 1")["input_ids"])
+        knows_text = bool(tokenizer("1 + 1")["input_ids"])
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if "/" in str(kernel := config._attn_implementation):
             raise ValueError(f"its config.json asks for an attention of the hub, {kernel}, which is code.")
@@ -61,9 +55,7 @@ def load_model(source: str, device: str | torch.device):
             source, config=config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False,
             output_loading_info=True,
         )  # fmt: skip
-    except (
-        BaseException
-    ) as reason:  # what a broken folder makes transformers and its libraries raise has no common class
+    except BaseException as reason:  # what a broken folder makes transformers and its libraries raise has no class
         if not (isinstance(reason, Exception) or is_panic(reason)):
             raise
         raise UserError(
@@ -75,29 +67,58 @@ def load_model(source: str, device: str | torch.device):
             f"model {source}: its files hold no {missing[0]} ({len(missing)} weights are missing in all); "
             "expected the files of the causal language model that its config.json describes"
         )
-    if not known:
+    if not knows_text:
         raise UserError(
             f"model {source}: its tokenizer knows no text; expected the tokenizer's files beside the model's"
         )
+    try:
+        check_fit(model, tokenizer)
+    except ValueError as reason:
+        raise UserError(f"model {source}: {reason}") from reason
+    return model.to(device).eval(), tokenizer
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError for a folder that holds no model, or something that one cannot read to its end."""
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"model {folder} has no config.json; expected a folder that save_pretrained wrote")
+    for file in folder.iterdir() if folder.is_dir() else ():
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise UserError(
+                f"model {folder}: {file.name} is no plain file; expected a folder that save_pretrained wrote"
+            )
+
+
+QUESTION = "How many are 3 and 4?"
+
+
+def check_fit(model, tokenizer) -> None:
+    """Raise ValueError if tokenizer, its chat template and the model were not made for each other."""
     vocabulary = model.get_input_embeddings().num_embeddings
     stop = getattr(model.generation_config, "eos_token_id", None)
     ids = stop if isinstance(stop, list) else [0 if stop is None else stop]
     if not ids or not all(has_type(token, int) and 0 <= token < vocabulary for token in ids):
-        raise UserError(f"model {source}: its eos_token_id is {stop!r}; expected the id of a token, or a list of ids")
-    try:
-        with said_if_endless(f"model {source}: its chat template is still at work"):
-            prompt_ids(tokenizer, "1 + 1")
-    except Exception as reason:  # a chat template is a program of the folder's
-        raise UserError(
-            f"model {source}: its chat template cannot be used ({type(reason).__name__}: {in_short(reason)}); "
-            "expected one that takes a user's message, or none"
-        ) from reason
+        raise ValueError(f"its eos_token_id is {stop!r}; expected the id of a token, or a list of ids")
+    if tokenizer.chat_template:
+        try:
+            with said_if_endless("its chat template is still at work"):
+                text = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], tokenize=False)
+            prompt_ids(tokenizer, QUESTION)
+        except Exception as reason:  # a chat template is a program of the folder's
+            raise ValueError(
+                f"its chat template cannot be used ({type(reason).__name__}: {in_short(reason)}); "
+                "expected one that takes a user's message, or none"
+            ) from reason
+        if QUESTION not in text:
+            raise ValueError(
+                f"its chat template makes {text!r:.60} of the question {QUESTION!r}, which is lost; expected one that "
+                "takes a message's content as a text"
+            )
     if (tokens := 1 + max(tokenizer.get_vocab().values())) > vocabulary:
-        raise UserError(
-            f"model {source}: its tokenizer has {tokens} tokens, its embedding only {vocabulary}; "
+        raise ValueError(
+            f"its tokenizer has {tokens} tokens, its embedding only {vocabulary}; "
             "expected a tokenizer made for this model"
         )
-    return model.to(device).eval(), tokenizer
 
 
 @contextmanager

@@ -12,19 +12,20 @@ from border import UserError, in_short
 from engine.graphs import CaptureFailed, ran_out_of_memory
 from engine.guard import BrokenWeights, OutOfMemory
 
+HANG_UP = getattr(signal, "SIGHUP", -1)  # not on Windows
+
 
 class StopAsked:
     """Ctrl-C, a polite kill, a closed terminal. While something is at work (`finishing`) the first one only raises a
     flag; otherwise, and the second time, it stops at once by KeyboardInterrupt. Afterwards all is as it was."""
 
     def __init__(self):
-        self.asked, self.at_work = False, ""
+        self.asked, self.hung_up, self.at_work = False, False, ""
 
     def __enter__(self) -> StopAsked:
         numbers = [signal.SIGINT, signal.SIGTERM]
-        hang_up = getattr(signal, "SIGHUP", None)  # not on Windows
-        if hang_up is not None and signal.getsignal(hang_up) != signal.SIG_IGN:  # nohup means to go on
-            numbers.append(hang_up)
+        if HANG_UP > 0 and signal.getsignal(HANG_UP) != signal.SIG_IGN:  # nohup means to go on
+            numbers.append(HANG_UP)
         self.before = {number: signal.signal(number, self) for number in numbers}
         return self
 
@@ -33,6 +34,10 @@ class StopAsked:
             signal.signal(number, handler)
 
     def __call__(self, number, frame):
+        if number == HANG_UP:
+            if self.hung_up:  # a terminal that closes sends it twice, by itself and by its shell
+                return
+            self.hung_up = True
         if self.asked or not self.at_work:
             raise KeyboardInterrupt
         self.asked = True

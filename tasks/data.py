@@ -70,11 +70,15 @@ BENCHMARKS = {
 TRAINING_SETS = ("gsm8k", "math")  # those with a split "train" that is meant for it
 
 
+class Unanswered(ValueError):
+    """A row's solution does not say which of it is the answer."""
+
+
 def load_problems(source: str, split: str = "test") -> list[Problem]:
     """Problems of a data set by name (one of BENCHMARKS) or of a local .parquet or .jsonl file.
 
-    split: "train" or "test"; a local file is taken whole. Rows may have any of the columns that `read_row` knows. Those
-    that it cannot read are left out, and counted in one line. Raises UserError if none is left.
+    split: "train" or "test"; a local file is taken whole. Rows may have any of the columns that `read_row` knows. A
+    solution without an answer is left out, and counted. Raises UserError for rows that cannot be read, and counts them.
     """
     if source in BENCHMARKS:
         rows = load_from_hub(source, split)
@@ -84,17 +88,21 @@ def load_problems(source: str, split: str = "test") -> list[Problem]:
         raise UserError(
             f"data is {source!r}; expected {', '.join(BENCHMARKS)}, or the path of a .parquet or .jsonl file"
         )
-    problems, refused = [], []
+    problems, refused, unanswered = [], [], []
     for number, row in enumerate(rows, 1):
         try:
             if not row_has_picture(row):
                 problems.append(read_row(row))
+        except Unanswered as reason:
+            unanswered.append(f"{source}, row {number}: {reason}")
         except ValueError as reason:
             refused.append(f"{source}, row {number}: {reason}")
-    if not problems:
-        raise UserError(refused[0] if refused else f"{source} holds no rows; expected at least one problem")
     if refused:
-        print(f"{len(refused)} of {len(rows)} rows are left out, the first of them {refused[0]}", file=sys.stderr)
+        raise UserError(refused[0] + (f"; so are {len(refused)} of {len(rows)} rows" if len(refused) > 1 else ""))
+    if not problems:
+        raise UserError(unanswered[0] if unanswered else f"{source} holds no rows; expected at least one problem")
+    if unanswered:
+        print(f"{len(unanswered)} of {len(rows)} rows are left out, the first of them {unanswered[0]}", file=sys.stderr)
     return problems
 
 
@@ -173,7 +181,7 @@ def read_row(row: dict) -> Problem:
             question, gold = row["problem"], row.get("answer")
             if gold in (None, "") and isinstance(row.get("solution"), str):
                 if (gold := extract_answer(row["solution"])) is None:
-                    raise UserError('its solution has no answer; expected one in \\boxed{}, or a column "answer"')
+                    raise Unanswered('its solution has no answer; expected one in \\boxed{}, or a column "answer"')
         elif "Question" in row:
             question, gold = row["Question"], row.get("Answer")
         else:
@@ -182,7 +190,7 @@ def read_row(row: dict) -> Problem:
                 "problem and solution"
             )
     except (KeyError, IndexError, TypeError, ValueError) as reason:
-        if isinstance(reason, UserError):
+        if isinstance(reason, UserError | Unanswered):
             raise
         raise ValueError(f"its columns do not fit together ({type(reason).__name__}: {reason})") from reason
     if not question or gold in (None, ""):
@@ -194,7 +202,7 @@ def read_row(row: dict) -> Problem:
     gold = gold if isinstance(gold, str) else digits(gold)
     answer = extract_answer(gold) or gold.strip()
     if len(answer) > LONGEST:
-        raise ValueError(
+        raise Unanswered(
             f'no answer is marked in its {len(answer)} characters; expected it in \\boxed{{}}, or behind "####"'
         )
     return Problem(question, answer)

@@ -191,8 +191,9 @@ def test_who_waits_for_a_lock_says_so_and_gets_it(tmp_path, capsys):
 
 
 HOLD = """
-import sys, time, pathlib, checkpoint
-with run_folder.only_one(pathlib.Path(sys.argv[1])):
+import sys, time, pathlib
+from run import folder
+with folder.only_one(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]) if len(sys.argv) > 2 else 600)
     for made in sys.argv[3:]:

@@ -51,7 +51,7 @@ def test_a_pretrained_model_has_a_warm_start_of_its_own(tmp_path, monkeypatch, c
     )
     asked = {}
     monkeypatch.setattr(runs, "warm_started", lambda *known, **named: asked.update(named) or tmp_path)
-    monkeypatch.setattr(runs.checkpoint, "load_model", lambda folder, device: (folder, "tokenizer"))
+    monkeypatch.setattr(runs, "load_model", lambda folder, device: (folder, "tokenizer"))
     assert runs.open_start(run.start, tmp_path, torch.device("cpu"))[0] == str(tmp_path)
     assert asked["model"] == str(runs.PRETRAINED["smollm"])
     runs.open_start(Run("start", 16), tmp_path, torch.device("cpu"))

@@ -261,11 +261,13 @@ def test_metrics_are_complete_and_true():
     assert all(v is None or isinstance(v, dict) or math.isfinite(v) for v in metrics.values())
 
 
-def test_the_generation_configs_end_token_wins_over_the_tokenizers():
+def test_the_end_tokens_of_the_generation_config_and_of_the_tokenizer_both_stop_a_rollout():
     t = trainer()
     assert t.stop_ids == [1, 3, 17, 31]
     t.policy.generation_config.eos_token_id = None
     assert clipo.end_of_sequence_ids(t.policy, TOKENIZER) == [TOKENIZER.eos_token_id]
+    t.policy.generation_config.eos_token_id = [7, 9]  # a base model's, say, whose tokenizer ends turns by another
+    assert clipo.end_of_sequence_ids(t.policy, TOKENIZER) == [7, 9, TOKENIZER.eos_token_id]
 
 
 @pytest.mark.parametrize(

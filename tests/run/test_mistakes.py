@@ -101,7 +101,9 @@ def place(tmp_path_factory):
         folder = broken(f"{name}-eos", ["generation_config.json"])
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
     broken("no-heads", num_attention_heads=0)
-    for name, template in (("syntax", "{% if %}"), ("unknown", "{{ colour() }}"), ("raising", "{{ 1 / 0 }}")):
+    of_parts = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    templates = ("syntax", "{% if %}"), ("unknown", "{{ colour() }}"), ("raising", "{{ 1 / 0 }}"), ("parts", of_parts)
+    for name, template in templates:
         (broken(f"template-{name}") / "chat_template.jinja").write_text(template)
     (broken("bad-tokenizer", ["tokenizer_config.json"]) / "tokenizer.json").write_text('{"model": 1}')
     broken("encoder", model_type="bert", architectures=["BertModel"])
@@ -212,6 +214,10 @@ TRAINING = [
     (
         with_model("template-raising"),
         "model {here}/template-raising: its chat template cannot be used (ZeroDivisionError: ...); expected one ...",
+    ),
+    (
+        with_model("template-parts"),
+        "model {here}/template-parts: its chat template makes '' of the question 'How many are 3 and 4?', which is ...",
     ),
     (
         with_data("deep.jsonl"),

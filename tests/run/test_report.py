@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,10 +78,11 @@ def test_logged_groups_hold_cosines_and_positives_of_the_step(kind):
     model = make_model_that_ends()
     config = CLIPOConfig(contrastive_kind=kind, head_warmup_steps=0, max_new_tokens=9, prompts_per_step=4, beta=0.0)
     trainer = Trainer(model, TOKENIZER, even, config)
-    step(trainer, PROMPTS, ANSWERS)
-    contrast, correct = trainer.last.agreement, trainer.last.correct
     problems, one_drawn = [Problem("q", a) for a in ANSWERS], kind == "infonce"
-    rows = list(run_log.logged_groups(1, problems, trainer.last, None, 3, one_drawn))
+    step(trainer, PROMPTS, problems)
+    contrast, correct = trainer.last.agreement, trainer.last.correct
+    knows_no_more = SimpleNamespace(remarks=lambda problem, text: {})
+    rows = list(run_log.logged_groups(trainer.last, knows_no_more, 3, config))
     assert len(rows) == 3 and contrast.pairs.anchor.any()
     for g, row in enumerate(rows):
         z = contrast.embedding[g]

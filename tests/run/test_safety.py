@@ -454,7 +454,7 @@ def test_what_cannot_fit_ends_with_one_line(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(fast, "KVCache", too_little)
     for module in (fast, guard):
-        monkeypatch.setattr(module, "check_model", lambda model: None)
+        monkeypatch.setattr(module, "check_model", lambda *_: None)
     run = [*TINY_RUN, "--engine", "fast", "--steps", "2", "--out", str(tmp_path / "run")]
     assert train.main(run) == 2
     said = capsys.readouterr().err.splitlines()[-1]

@@ -149,14 +149,28 @@ def verl(*roles):
         ('{"question": "q?", "answer": -Infinity}', "its answer is -inf; expected"),
         ('{"question": "q?", "answer": true}', "question and answer are str and bool; expected a text, and a text or"),
         ('{"question": "q?", "answer": ["3", "4"]}', "question and answer are str and list; expected"),
-        ('{"problem": "q?", "solution": "Nobody knows."}', "its solution has no answer; expected one in \\boxed{}, or"),
-        (json.dumps({"question": "q?", "answer": "word " * 99}), "no answer is marked in its 494 characters; expected"),
         (verl("user", "assistant"), "its prompt has messages of user, assistant; expected one, of the user"),
         (verl("system", "user"), "its prompt has messages of system, user; expected one, of the user"),
         (verl(), "its prompt has messages of nobody; expected one"),
     ],
 )
-def test_what_cannot_be_read_right_is_left_out_and_counted_in_one_line(tmp_path, capsys, line, why):
+def test_what_cannot_be_read_right_is_refused_and_counted(tmp_path, line, why):
+    good = '{"question": "q?", "answer": "1"}'
+    with pytest.raises(UserError, match=re.escape(f"some.jsonl, row 2: {why}")) as one:
+        read(tmp_path, good, line)
+    assert "rows" not in str(one.value)
+    with pytest.raises(UserError, match=r"some\.jsonl, row 2: .*; so are 3 of 5 rows$"):
+        read(tmp_path, good, line, line, good, line)
+
+
+@pytest.mark.parametrize(
+    "line, why",
+    [
+        ('{"problem": "q?", "solution": "Nobody knows."}', "its solution has no answer; expected one in \\boxed{}, or"),
+        (json.dumps({"question": "q?", "answer": "word " * 99}), "no answer is marked in its 494 characters; expected"),
+    ],
+)
+def test_a_solution_without_an_answer_is_left_out_and_counted_in_one_line(tmp_path, capsys, line, why):
     with pytest.raises(UserError, match=re.escape(f"some.jsonl, row 1: {why}")):
         read(tmp_path, line)
     good = '{"question": "q?", "answer": "1"}'
