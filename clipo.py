@@ -223,7 +223,10 @@ class ContrastiveHead(nn.Module):
 
 
 class Pairs(NamedTuple):
-    """What rollout a is to rollout i of the same group: (P, G, G) bool, indexed [question, i, a]."""
+    """What rollout a is to rollout i of the same group: (P, G, G) bool, indexed [question, i, a].
+
+    variants.pairs_in_scope reaches over all questions.
+    """
 
     target: Tensor  # a is the j that was drawn for i
     positive: Tensor  # both are right, and a is not i

@@ -106,7 +106,7 @@ def one_run(given: dict, new_task: Callable, new_trainer: Callable) -> int:
             try:
                 if stop.asked:  # in the last step, or while it was saved
                     raise KeyboardInterrupt
-                if grpo_folder or "both" not in given:  # the first of two runs has no table
+                if grpo_folder or "both" not in given:  # the second of two makes the first's
                     finish(settings, trainer, out, given.get("test_stories", 300), grpo_folder)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"stopped; all steps are done and saved; to go on: {go_on}") from None

@@ -24,7 +24,7 @@ from exercises.checking import EXERCISES, HERE
 
 UNWRITTEN = HERE / "unwritten"
 ROOMS = [f"{name}.py" for name in ("border", "clipo", "config", "variants")]
-TASKS = [f"tasks/{name}.py" for name in ("__init__", "data", "expressions", "grading", "toy")]
+TASKS = [f"tasks/{file.name}" for file in sorted((HERE.parent / "tasks").glob("*.py"))]
 SHARED = ["__init__.py", "checking.py", "conftest.py", "playground.html", "plots.py", "requirements.txt", "student.py"]
 ASKED = {  # the functions whose bodies are not in the copy, and the exercise that asks for each
     "clipo.py": {

@@ -2,9 +2,8 @@
 
     both.py         no options: two runs, GRPO and then CLIPO from the same start, each into its folder under runs/
     settings.py     options -> what a run computes, and the name of its folder
-    folder.py       the folder: one process holds it, a state is saved there, a run goes on from it
-    models.py       a model is opened, on a device
-    warm_start.py   ... on the toy world after supervised training, made once and kept
+    folder.py       the folder: one process holds it; a state is saved there, and a run goes on from it
+    warm_start.py   on the toy world the start is made, once, by supervised training; models.py opens it on a device
     log.py          what is said before the first step, and after each (the steps are train.train's)
     table.py        at the end, of two runs after the second: the levels, what to see in them; intervals.py: how sure
     page.py         the page of a run, or of two

@@ -38,7 +38,7 @@ TOY_LEVELS = {f"toy {name}": level for name, level in LEVELS.items()}
 
 
 def track_of(benchmark: str) -> str:
-    """Whose protocol a benchmark follows: any other name, and any file, the first track's, which is greedy."""
+    """The row of DECODING for a benchmark: toy levels have theirs, SECOND_TRACK is sampled, all others are greedy."""
     return "toy" if benchmark in TOY_LEVELS else "math" if benchmark in SECOND_TRACK else "gsm8k"
 
 

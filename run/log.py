@@ -1,6 +1,7 @@
 """What a run says while it goes on: a line of numbers for each step, some of its groups, and a bar.
 
-A further number is a line in `describe`; docs/extend.md shows how to send all of them somewhere else too.
+A further number is a line in `describe`, and for a curve on the page one in PANELS of run/page.html. docs/extend.md has
+an example, and shows how to send all numbers somewhere else too.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import variants
 from border import OptionParser, UserError, check_numbers, check_types, from_json
 from config import ENGINES, TRACKS, CLIPOConfig, add_options, config_from
 from run import folder
-from tasks.data import BENCHMARKS, TRAINING_SETS
+from tasks.data import BENCHMARKS, TRAINING_SETS, check_source
 from tasks.toy import SIZES, World
 
 
@@ -122,6 +122,8 @@ def new_settings(given: dict) -> Settings:
         raise UserError(f"--data is {data} but no --model is given; expected --model with a folder or a hub name")
     if data in BENCHMARKS and data not in TRAINING_SETS:
         raise UserError(f"--data is {data}, which is there to test with; expected one of: {', '.join(TRAINING_SETS)}")
+    if data != "toy":
+        check_source(data)
     track = given.get("track", data if data in TRACKS else "gsm8k")
     try:
         config = config_from(given, track, given.get("paper", False))
@@ -179,9 +181,8 @@ def settings_of_run(given: dict, out: Path) -> Settings:
 
 
 def default_out(settings: Settings) -> Path:
-    """runs/NAME, a different one for each kind of run: NAME names the subject and every setting that is not usual.
-
-    How long a run is, and what changes its speed alone, makes no other kind. A checksum stands for many words.
+    """runs/NAME. NAME has the subject and every setting that is not its track's default, but for how long a run is and
+    what changes its speed alone. Over 60 characters it has a checksum instead.
     """
     config, loss = settings.config, settings.config.policy_loss
     usual = CLIPOConfig.for_track(settings.track, paper=settings.paper, policy_loss=loss)

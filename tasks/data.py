@@ -70,6 +70,14 @@ BENCHMARKS = {
 TRAINING_SETS = ("gsm8k", "math")  # those with a split "train" that is meant for it
 
 
+def check_source(source: str) -> None:
+    """Raise UserError for what is neither a name nor a file's."""
+    if source not in BENCHMARKS and Path(source).suffix not in (".parquet", ".jsonl"):
+        raise UserError(
+            f"data is {source!r}; expected {', '.join(BENCHMARKS)}, or the path of a .parquet or .jsonl file"
+        )
+
+
 class Unanswered(ValueError):
     """A row's solution does not say which of it is the answer."""
 
@@ -80,14 +88,8 @@ def load_problems(source: str, split: str = "test") -> list[Problem]:
     split: "train" or "test"; a local file is taken whole. Rows may have any of the columns that `read_row` knows. A
     solution without an answer is left out, and counted. Raises UserError for rows that cannot be read, and counts them.
     """
-    if source in BENCHMARKS:
-        rows = load_from_hub(source, split)
-    elif Path(source).suffix in (".parquet", ".jsonl"):
-        rows = load_file(Path(source))
-    else:
-        raise UserError(
-            f"data is {source!r}; expected {', '.join(BENCHMARKS)}, or the path of a .parquet or .jsonl file"
-        )
+    check_source(source)
+    rows = load_from_hub(source, split) if source in BENCHMARKS else load_file(Path(source))
     problems, refused, unanswered = [], [], []
     for number, row in enumerate(rows, 1):
         try:

@@ -1,8 +1,8 @@
 r"""How an answer is judged: the response's final answer and the gold answer are read, and what they say is compared.
 
 An answer is hostile text: whatever a model wrote. Every verdict takes bounded time and memory, nothing here raises for
-a text, and what cannot be read must have the gold answer's words. A reward is stricter than a test, for what is paid is
-learnt: behind a number stand only words that are known to be units, never words that are not known to be none.
+a text, and what cannot be read must have the gold answer's words. What is paid is learnt, so grading is strict: behind
+a number may stand only a unit of tasks/units.py or a word of the gold answer. In full: docs/real-models.md, Grading.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def test_the_papers_settings_run_the_papers_lines(tmp_path):
     import json
 
     options = (
-        "--paper --engine plain --steps 2 --warm-start-batches 60 --head-warmup-steps 0 --prompts-per-step 4 "
+        "--paper --engine plain --steps 2 --warm-start-batches 5 --head-warmup-steps 0 --prompts-per-step 4 "
         "--mini-batch-prompts 4 --test-stories 0 --device cpu --out run"
     )
     done = subprocess.run(

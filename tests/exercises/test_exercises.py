@@ -371,7 +371,7 @@ WRONG = {
         "only pushes": (ten("(s * pairs.negative).sum(-1)"), "does not fall when the positives come closer"),
         "sign": (ten("-variants.decoupled(z, pairs, tau)"), "does not fall when the positives come closer"),
         "detached": (ten("variants.decoupled(z, pairs, tau).detach()"), "no gradient reaches z"),
-        "no tau": (MINE.replace("z, pairs, tau)\n", "z, pairs, 1.0)\n").format(
+        "no tau": (MINE.replace("(z, tau)\n", "(z, 1.0)\n").format(
             loss="F.softplus(" + HARDEST + " - mean)", chance="math.log(2) + 0 * positives"), "tau changes nothing"),
         "overflow": (ten("((s.exp() * pairs.negative).sum(-1) / (s.exp() * pairs.positive).sum(-1)).log()"),
                      "exp(200) is infinite"),
