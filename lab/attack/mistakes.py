@@ -26,7 +26,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, disable_progress_bars
 
 import eval as evaluation
 import train
@@ -65,6 +64,9 @@ class TimeUp(BaseException):
 
 def make(folder: Path) -> None:
     """The good files. RuntimeError if a program does not take them."""
+    from datasets import Dataset, disable_progress_bars  # here, so that its tests can be collected without
+
+    disable_progress_bars()
     tokenizer = toy.make_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
     run_warm_start.make_model("tiny", tokenizer, 0).save_pretrained(folder / "model")
@@ -229,7 +231,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=10, metavar="SECONDS", help="for a case (default: 10)")
     given = parser.parse_args(arguments)
     count, begin, wrong, slow = given.count or (40 if given.quick else 400), time.time(), 0, 0
-    disable_progress_bars()
     with tempfile.TemporaryDirectory() as scratch:
         good = Path(scratch) / "good"
         good.mkdir()

@@ -14,7 +14,6 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT
-from datasets import Dataset
 from safetensors.torch import save_file
 
 import eval as evaluation
@@ -26,6 +25,8 @@ from run import page
 from run import settings as run_settings
 from run import warm_start as run_warm_start
 from tasks import toy
+
+Dataset = pytest.importorskip("datasets", reason="not installed (requirements.txt)").Dataset
 
 TRAIN = (
     "--model {model} --data {data} --prompts-per-step 2 --samples-per-prompt 2 --max-new-tokens 4 --steps 1 --out out"

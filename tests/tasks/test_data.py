@@ -3,7 +3,6 @@
 import json
 import re
 
-import datasets
 import pytest
 from conftest import DATA
 
@@ -11,6 +10,7 @@ from border import UserError
 from tasks import toy
 from tasks.data import SUFFIX, Problem, load_problems, prompt_ids, read_row
 
+datasets = pytest.importorskip("datasets", reason="not installed (requirements.txt)")
 REAL = {
     "gsm8k_train.parquet": 7473,
     "gsm8k_test.parquet": 1319,
