@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 import transformers
 
 from border import UserError, one_line_at_most
@@ -61,10 +62,15 @@ def train(trainer: Trainer, task: ToyTask | DataTask, out: Path, given: dict, st
 
 
 def open_run(
-    settings: Settings, out: Path, given: dict, stop: StopAsked, new_task: Callable, new_trainer: Callable
+    settings: Settings,
+    out: Path,
+    device: torch.device,
+    resume: bool,
+    stop: StopAsked,
+    new_task: Callable,
+    new_trainer: Callable,
 ) -> tuple[Trainer, ToyTask | DataTask]:
     """The trainer and its task, as they begin or as the last checkpoint left them. Raises UserError, OSError."""
-    device, resume = device_from(given.get("device")), given.get("resume", False)
     policy, tokenizer = open_start(settings, out.parent, device, resume, stop)
     task = new_task(settings, tokenizer)
     check_room(policy, task.longest_prompt, settings.config.max_new_tokens)
@@ -90,13 +96,13 @@ def one_run(given: dict, new_task: Callable, new_trainer: Callable) -> int:
     """One run; returns its exit status. Raises UserError, and KeyboardInterrupt that says what is kept."""
     settings, out = settings_and_folder(given)
     folder.refuse_odd(out)
-    device_from(given.get("device"))  # refused before the folder is made
+    device, resume = device_from(given.get("device")), given.get("resume", False)
     grpo_folder = given.get("grpo")  # only in the second of two runs: that of the first
     go_on = given["command"] if "both" in given else f"python train.py --resume --out {shlex.quote(str(out))}"
     with as_user_errors(out), StopAsked() as stop:
         out.mkdir(parents=True, exist_ok=True)
         with folder.only_one(out / "lock"):
-            trainer, task = open_run(settings, out, given, stop, new_task, new_trainer)
+            trainer, task = open_run(settings, out, device, resume, stop, new_task, new_trainer)
             announce(trainer, task)
             early = train(trainer, task, out, given, stop)
             if early and (early != "stopped" or trainer.steps_done < trainer.config.steps):  # broken, or not yet done

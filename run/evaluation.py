@@ -13,7 +13,7 @@ import torch
 
 from border import MOST_SEED, UserError, check_numbers, misfit
 from run import folder
-from tasks.data import BENCHMARKS, Problem, load_problems
+from tasks.data import BENCHMARKS, Problem, is_source, load_problems
 from tasks.toy import LEVELS, stories
 
 
@@ -81,7 +81,7 @@ def settings_from(model: str, given: argparse.Namespace, device: torch.device) -
     if given.top_p is not None and not 0 < given.top_p <= 1:
         raise UserError(f"--top-p is {given.top_p}; expected a number in (0, 1]")
     data = given.data or trained_on(model)
-    if unknown := [d for d in data if d not in ("toy", *BENCHMARKS) and Path(d).suffix not in (".parquet", ".jsonl")]:
+    if unknown := [d for d in data if d != "toy" and not is_source(d)]:
         names = ", ".join(("toy", *BENCHMARKS))
         raise UserError(f"--data names {unknown[0]!r}; expected some of: {names}, or a .parquet or .jsonl file")
     names = ("samples", "temperature", "top_p", "max_new_tokens")

@@ -70,9 +70,14 @@ BENCHMARKS = {
 TRAINING_SETS = ("gsm8k", "math")  # those with a split "train" that is meant for it
 
 
+def is_source(source: str) -> bool:
+    """Is it the name of a data set, or may it be a file of one?"""
+    return source in BENCHMARKS or Path(source).suffix in (".parquet", ".jsonl")
+
+
 def check_source(source: str) -> None:
     """Raise UserError for what is neither a name nor a file's."""
-    if source not in BENCHMARKS and Path(source).suffix not in (".parquet", ".jsonl"):
+    if not is_source(source):
         raise UserError(
             f"data is {source!r}; expected {', '.join(BENCHMARKS)}, or the path of a .parquet or .jsonl file"
         )

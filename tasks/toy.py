@@ -61,24 +61,31 @@ class World:
         0.2
         """
 
-        def numbers(value) -> list:
-            return list(
-                value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-            )
-
         if not isinstance(dials, dict):
             raise ValueError("expected an object of dials and their values")
         usual = vars(cls())
         for name, value in dials.items():
             if name not in usual:
                 raise ValueError(f"{name} is no dial; expected some of: {', '.join(usual)}")
-            before, given = numbers(usual[name]), numbers(value)
-            weights = isinstance(before[0], int)
-            alike = len(given) == len(before) and set(usual[name]) == set(value) if isinstance(value, dict) else True
-            fits = alike and all(type(n) in (int, float) and 0 <= n <= (10**6 if weights else 1) for n in given)
-            if not fits or len(given) != len(before) or (weights and not sum(given)):
+            if not is_like(value, usual[name]):
                 raise ValueError(f"{name} is {value!r}; expected as in {usual[name]!r}")
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in dials.items()})
+
+
+def is_like(value, usual) -> bool:
+    """Could it stand for the usual value: a share, as many shares, or as many weights, by the same names if any?
+
+    >>> is_like(0.5, 0.1), is_like([0.5, 2], (0.1, 0.2)), is_like({"a": 3}, {"a": 1}), is_like([3], {"a": 1})
+    (True, False, True, False)
+    """
+    if isinstance(usual, dict):
+        named = isinstance(value, dict) and value.keys() == usual.keys()
+        return named and is_like([*value.values()], (*usual.values(),))
+    if isinstance(usual, tuple):
+        as_many = isinstance(value, list | tuple) and len(value) == len(usual)
+        weights = isinstance(usual[0], int)
+        return as_many and all(map(is_like, value, usual)) and (any(value) or not weights)
+    return type(value) in (int, float) and 0 <= value <= (1 if isinstance(usual, float) else 10**6)
 
 
 WORLD = World()  # its dials were set on seeds 1000 to 1003; results are reported for 16 to 31 (docs/results.md)
