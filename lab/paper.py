@@ -31,6 +31,7 @@ from border import OptionParser
 from config import CLIPOConfig
 from lab.arms import (
     BASELINES,
+    CHOICE_OF_FRIEND,
     FROZEN,
     GROUP_SIZE,
     HEAD,
@@ -61,30 +62,32 @@ class Experiment:
     title: str
     arms: dict[str, Arm]
     seeds: int = 4
+    first: int = 32  # of its seeds
     figure: Callable[[Lines, Path], None] | None = None
 
 
 FIRST = 16  # seeds below it were looked at while the world was made
 EXPERIMENTS = {  # the most important first: `all` may be stopped
-    "track1": Experiment("Track I in miniature", TRACK1, 16, track1_figure),
+    "track1": Experiment("Track I in miniature", TRACK1, 16, 32, track1_figure),
     "referee": Experiment("What a referee would ask", REFEREE, 4),
-    "mechanism": Experiment("What the contrastive reward pays for", MECHANISM, 4, mechanism_figure),
+    "mechanism": Experiment("What the contrastive reward pays for", MECHANISM, 4, 32, mechanism_figure),
     "limits": Experiment("Where does it not hold?", LIMITS, 2),
-    "phase": Experiment("When does it help? The world's two dials", PHASE, 1, phase_figure),
+    "phase": Experiment("When does it help? The world's two dials", PHASE, 1, 32, phase_figure),
     "ladder": Experiment("From the paper's constants to ours, one change on top of the other", LADDER, 2),
     "baselines": Experiment("Policy losses, each with and without CLIPO", BASELINES, 1),
     "head": Experiment("The contrastive head", HEAD, 1),
     "scope": Experiment("Where positives and negatives come from", SCOPE, 1),
     "losses": Experiment("Contrastive losses", LOSSES, 1),
-    "temperature": Experiment("Temperature tau", TEMPERATURE, 1, temperature_figure),
+    "temperature": Experiment("Temperature tau", TEMPERATURE, 1, 32, temperature_figure),
     "weight": Experiment("Weight lambda", WEIGHT, 1),
     "groupsize": Experiment("Group size at equal rollouts per step", GROUP_SIZE, 1),
     "precision": Experiment("Matrix products in bfloat16, weights and optimiser in float32", PRECISION, 1),
     "small": Experiment("A model of 27M parameters", SMALL, 1),
     "smollm": Experiment(
-        "A pretrained model: SmolLM2-135M-Instruct, on 100 stories", SMOLLM, 1, partial(mechanism_figure, few=10)
+        "A pretrained model: SmolLM2-135M-Instruct, on 100 stories", SMOLLM, 1, 32, partial(mechanism_figure, few=10)
     ),
 }
+EXPERIMENTS["friend"] = Experiment("Which friend?", CHOICE_OF_FRIEND, 8, 1000)
 NAMES = [*EXPERIMENTS, "tsne", "all"]
 APART = {"smollm"}  # not of `all`: it wants a model that is not made here
 FROZEN_SEEDS = range(FIRST, FIRST + 2)
@@ -96,7 +99,7 @@ def frozen_run(seed: int) -> Run:
 
 def seeds_of(experiment: Experiment, seeds: int | None) -> range:
     """Its own number of seeds, or another."""
-    return range(FIRST, FIRST + (seeds or experiment.seeds))
+    return range(experiment.first, experiment.first + (seeds or experiment.seeds))
 
 
 def wanted(name: str, seeds: int | None, steps: int | None) -> list[Run]:
@@ -114,8 +117,7 @@ def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps:
         for arm, spec in experiment.arms.items()
     }
     used = {id(line): line for part in lines.values() for line in part}.values()
-    shared = name != "track1" and {arm for arm, spec in experiment.arms.items() if spec.is_of_track1}
-    if not any(part for arm, part in lines.items() if not (shared and arm in shared)):
+    if not used:
         return False
     expected, arms = len(seeds_of(experiment, seeds)), experiment.arms
     missing = [f"{arm} ({len(part)} of {expected} seeds)" for arm, part in lines.items() if len(part) < expected]

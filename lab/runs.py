@@ -8,7 +8,6 @@ stopped command goes on.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import multiprocessing
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 import train
 from clipo import ROLLOUT, Scored
-from config import CLIPOConfig
+from config import INFORMATIVE, CLIPOConfig
 from engine.guard import Trainer
 from lab.provenance import ROOT, commit, processor
 from lab.referees import of_kind
@@ -40,18 +39,26 @@ from run.settings import Settings, as_options
 from run.table import measure_levels
 from run.warm_start import warm_started
 from tasks.grading import are_correct
-from tasks.toy import LEVELS, WORLD, ToyTask, World, is_sound, soundness
+from tasks.toy import ToyTask, World, is_sound, soundness
 
 PRETRAINED = {"smollm": ROOT / "runs" / "smollm"}  # a size that is a model of its own: python -m lab.smollm runs/smollm
 SHARES = 5  # bins of the share of sound ones among a group's correct rollouts
 
 
-def fingerprint() -> str:
-    """A checksum of all defaults but the seed. A run names only what it changes, so other defaults are other runs."""
-    only_speed = ("max_batch", "cuda_graphs", "micro_batch_tokens", "recompute_activations")
-    config = {name: v for name, v in asdict(CLIPOConfig.for_track("toy", seed=0)).items() if name not in only_speed}
-    usual = [config, asdict(WORLD)]
-    return hashlib.sha256(json.dumps(usual, sort_keys=True).encode()).hexdigest()[:8]
+ONLY_SPEED = ("max_batch", "cuda_graphs", "micro_batch_tokens", "recompute_activations")
+
+
+def all_settings(changes: dict) -> dict:
+    """Every setting of a toy run that decides its numbers, but the seed: other defaults, another day, are other runs.
+
+    Without a contrastive reward its form decides nothing, and is told as the paper's: one run, whatever form is usual.
+    """
+    config = CLIPOConfig.for_track("toy", **changes)
+    if config.weight == 0:
+        config = CLIPOConfig.for_track(
+            "toy", paper=True, **{k: v for k, v in changes.items() if k not in INFORMATIVE}, weight=0.0
+        )
+    return {name: value for name, value in asdict(config).items() if name not in ("seed", *ONLY_SPEED)}
 
 
 @dataclass(frozen=True)
@@ -60,15 +67,13 @@ class Run:
 
     kind: str
     seed: int
-    config: dict = field(default_factory=dict)  # changes to CLIPOConfig.for_track("toy"); "frozen": {arm: changes}
-    world: dict = field(default_factory=dict)  # changes to toy.World()
+    config: dict = field(default_factory=dict)  # `all_settings`; "start": none; "frozen": {arm: all_settings}
+    world: dict = field(default_factory=dict)  # all dials of toy.World
     trainer: str = ""  # one of lab.referees.TRAINERS
-    twice: bool = False  # go on to twice the steps, and evaluate there too
+    doubled: int = 0  # so many times go on to twice the steps, and evaluate there too
     size: str = "tiny"  # of the model, one of toy.SIZES or PRETRAINED
     batches: int = 600  # of the warm start
     stories: int = 300  # of each level in an evaluation
-    levels: tuple[str, ...] = ("P0", "P2")  # that are evaluated
-    defaults: str = field(default_factory=fingerprint)
 
     @property
     def key(self) -> str:
@@ -77,10 +82,9 @@ class Run:
 
     @property
     def start(self) -> Run:
-        """The run whose warm-started model this one begins with, whatever the friend is like in training."""
-        world = {name: value for name, value in self.world.items() if name != "friend_right"}
+        """The run whose warm-started model this one begins with."""
         same = {name: getattr(self, name) for name in ("size", "batches", "stories")}
-        return Run("start", self.seed, {}, world, levels=tuple(LEVELS), **same)
+        return Run("start", self.seed, {}, self.world, **same)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -163,33 +167,36 @@ def open_start(run: Run, runs: Path, device: torch.device):
 
 
 def evaluation(run: Run, model, tokenizer, world: World) -> dict:
-    """Greedy answers: {level: {metric: (successes, trials)}}."""
-    return measure_levels(model, tokenizer, count=run.stories, world=world, levels=run.levels)
+    """Greedy answers, and P0's sampled as in training: {level: {metric: (successes, trials)}}."""
+    how = {"count": run.stories, "world": world}
+    sampled = measure_levels(model, tokenizer, levels=("P0",), temperature=1.0, **how)
+    return measure_levels(model, tokenizer, **how) | {"P0, sampled": sampled["P0"]}
 
 
 KEPT = (
     "accuracy", "process", "on_floor", "contrastive_reward_std", "groups_without_contrast", "entropy", "sound_share",
-    "cosine", "gap",
+    "cosine", "gap", "push_sound", "push_unsound", "push_wrong",
 )  # fmt: skip
 
 
 def execute_train(run: Run, runs: Path, device: torch.device) -> dict:
     """Train from the warm start; each step's measurements, and the evaluation after the last one (or two)."""
-    mechanism, steps, found = Mechanism(), run.config.get("steps", CLIPOConfig.for_track("toy").steps), {}
+    mechanism, steps, found = Mechanism(), run.config["steps"], {}
     task, trainer = of_kind(run.trainer)
     task, world = measured(task, mechanism), World.changed(run.world)
     model = ["--model", PRETRAINED[run.size], "--data", "toy"] if run.size in PRETRAINED else ["--size", run.size]
     begin = [
         *model, "--engine", "fast", "--world", json.dumps(run.world), "--warm-start-batches", run.batches,
-        *as_options({"seed": run.seed, **run.config}),
+        *as_options({"seed": run.seed, **{name: v for name, v in run.config.items() if v is not None}}),
     ]  # fmt: skip
     runs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=runs, prefix="run-") as out:
         shared = ["--out", out, "--device", device, "--test-stories", 0, "--save-every", 10**6]
         for name, options in (
             ("greedy", begin),
-            *([("greedy_twice", ["--resume", "--steps", 2 * steps])] if run.twice else []),
-        ):
+            ("greedy_twice", ["--resume", "--steps", 2 * steps]),
+            ("greedy_four_times", ["--resume", "--steps", 4 * steps]),
+        )[: 1 + run.doubled]:
             quietly(train.main, [*options, *shared], task, trainer)
             found[name] = evaluation(run, *load_model(out, device), world)
         metrics = read_lines(Path(out) / "metrics.jsonl")

@@ -14,7 +14,7 @@ import torch
 from border import MOST_SEED, UserError, check_numbers, misfit
 from run import folder
 from tasks.data import BENCHMARKS, Problem, is_source, load_problems
-from tasks.toy import LEVELS, stories
+from tasks.toy import LEVELS, stories_to_test
 
 
 @dataclass
@@ -45,7 +45,7 @@ def track_of(benchmark: str) -> str:
 def load_benchmark(benchmark: str, limit: int | None) -> list[Problem]:
     """Its problems, or the first `limit` of them. Raises UserError."""
     if benchmark in TOY_LEVELS:
-        return stories(f"test {benchmark.removeprefix('toy ')} 0", TOY_LEVELS[benchmark], limit or 300)
+        return stories_to_test(benchmark.removeprefix("toy "), limit or 300)
     return load_problems(benchmark)[:limit]
 
 

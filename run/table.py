@@ -17,7 +17,7 @@ from run.intervals import wilson
 from run.models import load_model
 from tasks.data import prompt_ids
 from tasks.grading import are_correct
-from tasks.toy import LEVELS, WORLD, World, is_sound, longest_response, stories
+from tasks.toy import LEVELS, WORLD, World, is_sound, longest_response, stories_to_test
 
 Levels = dict[str, dict[str, tuple[int, int]]]  # {level: {metric: (successes, trials)}}
 
@@ -41,7 +41,7 @@ def measure_levels(
     generator = torch.Generator().manual_seed(seed)
     results = {}
     for name in levels:
-        test = stories(f"test {name} {seed}", LEVELS[name], count, world)
+        test = stories_to_test(name, count, world, seed)
         rollouts = generate(
             model,
             [prompt_ids(tokenizer, story.question, suffix="") for story in test],

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -93,13 +93,21 @@ WORLD = World()  # its dials were set on seeds 1000 to 1003; results are reporte
 
 @dataclass(frozen=True)
 class Level:
-    """A kind of test: how many clauses a story has, and whether one more is thrown in that does not matter."""
+    """A kind of test: how many clauses a story has, and what else is done to it."""
 
     clauses: tuple[int, ...]
-    noop: bool = False
+    noop: bool = False  # one more clause is thrown in, that does not matter
+    liar: bool = False  # the friend is always wrong
 
 
-LEVELS = {"P0": Level((2, 3)), "P1": Level((3, 4)), "P2": Level((4, 5)), "NoOp": Level((2, 3), noop=True)}
+LEVELS = {
+    "P0": Level((2, 3)),  # as in training
+    "liar": Level((2, 3), liar=True),  # the same stories: who copies is never right
+    "P1": Level((3, 4)),
+    "P2": Level((4, 5)),
+    "NoOp": Level((2, 3), noop=True),
+}
+TITLES = {**{name: name for name in LEVELS}, "liar": "P0, friend wrong"}  # in tables
 TRAINING_LEVEL = LEVELS["P0"]
 
 
@@ -155,6 +163,24 @@ def stories(seed: str | int, level: Level, count: int, world: World = WORLD) -> 
     rng = random.Random(seed)
     lengths = [rng.choice(level.clauses) for _ in range(count)]
     return [make_story(rng, n, world.friend_right[n - 1], level.noop) for n in lengths]
+
+
+def with_friend(story: Story, says: int) -> Story:
+    """The same story, in which the friend says another number.
+
+    >>> with_friend(Story("How many coins does Tom have now? Ann says 5", "5", friend=5), 7).question
+    'How many coins does Tom have now? Ann says 7'
+    """
+    return replace(story, question=f"{story.question.rpartition(' ')[0]} {says}", friend=says)
+
+
+def stories_to_test(level: str, count: int, world: World = WORLD, seed: int = 0) -> list[Story]:
+    """The fixed stories of a level, by its name in LEVELS."""
+    if not LEVELS[level].liar:
+        return stories(f"test {level} {seed}", LEVELS[level], count, world)
+    rng = random.Random(f"test {level} {seed}")
+    usual = stories(f"test P0 {seed}", LEVELS["P0"], count, world)
+    return [with_friend(s, rng.choice([n for n in range(LARGEST + 1) if str(n) != s.answer])) for s in usual]
 
 
 def first_bad_step(story: Story, response: str) -> tuple[int, int] | None:
@@ -324,14 +350,27 @@ class ToyTask:
         return are_correct(texts, [story.answer for story in problems])
 
     def measure(self, scored: Scored) -> dict:
-        """ "process": the share of sound responses."""
+        """ "process": the share of sound responses; and the push, where this step's advantages drive the policy."""
         sound = soundness(scored)
-        return {"process": sound.sum().item() / sound.numel()}
+        return {"process": sound.sum().item() / sound.numel(), **push(scored.advantage, scored.correct, sound)}
 
     def remarks(self, story: Story, text: str) -> dict:
         """What a reader of this response wants to know beside its verdict."""
         bad_step = first_bad_step(story, text)
         return {"sound": bad_step is None, "bad_step": bad_step}
+
+
+def push(advantage: Tensor, correct: Tensor, sound: Tensor) -> dict[str, float | None]:
+    """The mean advantage of sound responses, of right but unsound ones, and of wrong ones; None of none. All (P, G).
+
+    A kind of response whose advantage is positive becomes more frequent.
+
+    >>> right, sound = torch.tensor([[True, True, True, False]]), torch.tensor([[True, False, False, False]])
+    >>> push(torch.tensor([[1.0, 0.5, 0.0, -1.5]]), right, sound)
+    {'push_sound': 1.0, 'push_unsound': 0.25, 'push_wrong': -1.5}
+    """
+    kinds = {"push_sound": correct & sound, "push_unsound": correct & ~sound, "push_wrong": ~correct}
+    return {kind: advantage[chosen].mean().item() if chosen.any() else None for kind, chosen in kinds.items()}
 
 
 def soundness(scored: Scored) -> Tensor:
