@@ -36,7 +36,7 @@ from lab.referees import of_kind
 from run.folder import append_line, read_lines
 from run.models import load_model
 from run.settings import Settings, as_options
-from run.table import measure_levels
+from run.table import measure_table
 from run.warm_start import warm_started
 from tasks.grading import are_correct
 from tasks.toy import ToyTask, World, is_sound, soundness
@@ -167,10 +167,8 @@ def open_start(run: Run, runs: Path, device: torch.device):
 
 
 def evaluation(run: Run, model, tokenizer, world: World) -> dict:
-    """Greedy answers, and P0's sampled as in training: {level: {metric: (successes, trials)}}."""
-    how = {"count": run.stories, "world": world}
-    sampled = measure_levels(model, tokenizer, levels=("P0",), temperature=1.0, **how)
-    return measure_levels(model, tokenizer, **how) | {"P0, sampled": sampled["P0"]}
+    """What is measured of a model: {level, or "sampled": {metric: (successes, trials)}}."""
+    return measure_table(model, tokenizer, count=run.stories, world=world)
 
 
 KEPT = (

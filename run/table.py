@@ -17,9 +17,16 @@ from run.intervals import wilson
 from run.models import load_model
 from tasks.data import prompt_ids
 from tasks.grading import are_correct
-from tasks.toy import LEVELS, WORLD, World, is_sound, longest_response, stories_to_test
+from tasks.toy import LEVELS, TRAINING_LEVEL, WORLD, World, is_sound, longest_response, stories_to_test
 
 Levels = dict[str, dict[str, tuple[int, int]]]  # {level: {metric: (successes, trials)}}
+ROWS = {  # of the table: level -> its title, and what it says
+    "P0": ("P0", "stories as in training. The friend is right {friend} here, so that copying her pays."),
+    "liar": ("P0, friend wrong", "the same stories, and the friend is wrong in each: only who calculates is right."),
+    "sampled": ("P0, sampled", "answers drawn at random, as in training; all other rows are greedy."),
+    "P2": ("P2, longer", "4 or 5 clauses in place of 2 or 3; here the friend is mostly wrong."),
+}
+METRICS = {"answer": "answer right", "process": "and every step"}
 
 
 def measure_levels(
@@ -60,18 +67,25 @@ def measure_levels(
     return results
 
 
+def measure_table(model, tokenizer, *, levels: Sequence[str] = tuple(LEVELS), **how) -> Levels:
+    """`measure_levels`, greedy, and "sampled": P0 once more, at temperature 1."""
+    sampled = measure_levels(model, tokenizer, levels=("P0",), temperature=1.0, **how)
+    return measure_levels(model, tokenizer, levels=levels, **how) | {"sampled": sampled["P0"]}
+
+
 def write_table(models: dict, trainer: Trainer, out: Path, count: int, world: World) -> None:
     """Print the table of the models by name ("start" is the first), and what to see in it; keep it, evaluation.json."""
-    columns = {
-        name: measure_levels(model, trainer.tokenizer, count=count, world=world, cuda_graphs=trainer.config.cuda_graphs)
-        for name, model in models.items()
-    }
+    how = {"count": count, "world": world, "cuda_graphs": trainer.config.cuda_graphs}
+    greedy = [level for level in ROWS if level in LEVELS]
+    columns = {name: measure_table(model, trainer.tokenizer, levels=greedy, **how) for name, model in models.items()}
     folder.write_text(out / "evaluation.json", json.dumps(columns, indent=1))
     print(f"\n{table_of_levels(columns, count)}\n")
+    friend = f"{100 * world.friend_right[TRAINING_LEVEL.clauses[-1] - 1]:.0f} times in 100"
+    for title, meaning in ROWS.values():
+        print(f"{title}: {meaning.format(friend=friend)}")
+    print("and every step: the steps are the story's, each is right, and the answer is what they come to.")
     if "GRPO" in columns:
-        print(*(textwrap.fill(sentence, 110) for sentence in what_to_see(*columns.values())), "", sep="\n")
-    print("P0 is like the training stories; P1 and P2 are longer, and there the friend is right less and less.")
-    print("process: every step is the story's and right, and so is the answer. lucky: a right answer without that.")
+        print("", *(textwrap.fill(sentence, 110) for sentence in what_to_see(*columns.values())), sep="\n")
 
 
 def open_models(start: str, trainer: Trainer, grpo: Path | None) -> dict:
@@ -85,12 +99,11 @@ def open_models(start: str, trainer: Trainer, grpo: Path | None) -> dict:
 
 def table_of_levels(columns: dict[str, Levels], count: int) -> str:
     """Each model's shares on `count` stories of every level, in percent with 95% intervals."""
-    lines = [f"{f'greedy, {count} stories a level':32}" + "".join(f"{name:>18}" for name in columns)]
-    titles = {"answer": "answer right", "process": "process right", "lucky": "lucky (of the right)"}
-    for level in next(iter(columns.values())):
-        for metric, title in titles.items():
-            cells = "".join(f"{percent(*measured[level][metric]):>18}" for measured in columns.values())
-            lines.append(f"{level if metric == 'answer' else '':6}{title:26}{cells}")
+    lines = [f"{f'{count} stories a level':33}" + "".join(f"{name:>16}" for name in columns)]
+    for level, (title, _) in ROWS.items():
+        for metric, share in METRICS.items():
+            cells = "".join(f"{percent(*measured[level][metric]):>16}" for measured in columns.values())
+            lines.append(f"{title if metric == 'answer' else '':18}{share:15}{cells}")
     return "\n".join(lines)
 
 
@@ -114,33 +127,35 @@ def share_of_level(measured: Levels, level: str, metric: str) -> float:
 def what_to_see(start: Levels, grpo: Levels, ours: Levels) -> tuple[str, str]:
     """Two sentences on a table of both: what became of GRPO, and what of CLIPO. They say it, too, if neither is usual.
 
-    On P2 the friend is mostly wrong: who copies is wrong there, however right on P0, where stories are as in training.
+    They look at "P0, friend wrong", on which nobody is right by copying.
     """
-    p2 = [f"{100 * share_of_level(measured, 'P2', 'answer'):.0f}%" for measured in (start, grpo, ours)]
-    fell = f"on long stories (P2), where the friend is mostly wrong, it went from {p2[0]} to {p2[1]} right answers"
-    lucky = f"{100 * share_of_level(grpo, 'P0', 'lucky'):.0f}% of its right answers to short ones (P0) are lucky"
-    if copied := share_of_level(grpo, "P2", "process") < share_of_level(start, "P2", "process") / 2:
-        first = f"GRPO learnt to copy the friend: {fell}; {lucky}."
+    shares = [share_of_level(measured, "liar", "answer") for measured in (start, grpo, ours)]
+    before, without, with_it = (f"{100 * share:.0f}%" for share in shares)
+    fell = f"where she is wrong, its right answers to stories as in training went from {before} to {without}"
+    if copied := shares[1] < shares[0] / 2:
+        first = f"GRPO learnt to copy the friend: {fell}."
     elif is_behind(grpo, start):
-        first = f"GRPO began to copy the friend, but is not done with it: {fell}; {lucky}."
+        first = f"GRPO began to copy the friend, but is not done with it: {fell}."
     else:
-        first = f"From this start GRPO did not learn to copy (P2: from {p2[0]} to {p2[1]}): there is nothing to rescue."
-    if is_behind(grpo, ours) and share_of_level(ours, "P2", "process") > share_of_level(start, "P2", "process") / 2:
+        first = (
+            f"GRPO did not learn to copy from this start ({before} before, {without} now): nothing is to be rescued."
+        )
+    if is_behind(grpo, ours) and shares[2] > shares[0] / 2:
         less = "less than the start, but " if is_behind(ours, start) else ""
         second = (
-            f"CLIPO, which also pays right answers for agreeing with each other, has {p2[2]} there: {less}it went on "
+            f"CLIPO, which also pays right answers for agreeing with each other, has {with_it} there: {less}it went on "
             "calculating, and nobody told it which steps were sound."
         )
     elif copied or is_behind(grpo, start):
         second = (
-            f"CLIPO did not prevent it here ({p2[2]}): it pays what most right answers share, and among this start's "
-            "sampled ones the copied may be as many as the sound."
+            f"CLIPO did not prevent it here ({with_it}): it pays what most right answers share, and that may come to be "
+            "copying, or sound steps with the friend's number behind them."
         )
     else:
-        second = f"CLIPO has {p2[2]}."
+        second = f"CLIPO has {with_it}."
     return first, second
 
 
 def is_behind(one: Levels, other: Levels) -> bool:
-    """Is its share of right answers on P2 lower, so that the intervals do not meet?"""
-    return wilson(*one["P2"]["answer"])[1] < wilson(*other["P2"]["answer"])[0]
+    """Has it fewer right answers where the friend is wrong, so that the intervals do not meet?"""
+    return wilson(*one["liar"]["answer"])[1] < wilson(*other["liar"]["answer"])[0]

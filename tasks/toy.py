@@ -107,7 +107,6 @@ LEVELS = {
     "P2": Level((4, 5)),
     "NoOp": Level((2, 3), noop=True),
 }
-TITLES = {**{name: name for name in LEVELS}, "liar": "P0, friend wrong"}  # in tables
 TRAINING_LEVEL = LEVELS["P0"]
 
 
@@ -162,7 +161,10 @@ def stories(seed: str | int, level: Level, count: int, world: World = WORLD) -> 
     """`count` random stories of a level; the same seed gives the same stories."""
     rng = random.Random(seed)
     lengths = [rng.choice(level.clauses) for _ in range(count)]
-    return [make_story(rng, n, world.friend_right[n - 1], level.noop) for n in lengths]
+    made = [make_story(rng, n, world.friend_right[n - 1], level.noop) for n in lengths]
+    if not level.liar:
+        return made
+    return [with_friend(s, rng.choice([n for n in range(LARGEST + 1) if n != int(s.answer)])) for s in made]
 
 
 def with_friend(story: Story, says: int) -> Story:
@@ -175,12 +177,8 @@ def with_friend(story: Story, says: int) -> Story:
 
 
 def stories_to_test(level: str, count: int, world: World = WORLD, seed: int = 0) -> list[Story]:
-    """The fixed stories of a level, by its name in LEVELS."""
-    if not LEVELS[level].liar:
-        return stories(f"test {level} {seed}", LEVELS[level], count, world)
-    rng = random.Random(f"test {level} {seed}")
-    usual = stories(f"test P0 {seed}", LEVELS["P0"], count, world)
-    return [with_friend(s, rng.choice([n for n in range(LARGEST + 1) if str(n) != s.answer])) for s in usual]
+    """The fixed stories of a level, by its name in LEVELS. Those with a wrong friend are P0's."""
+    return stories(f"test {'P0' if LEVELS[level].liar else level} {seed}", LEVELS[level], count, world)
 
 
 def first_bad_step(story: Story, response: str) -> tuple[int, int] | None:

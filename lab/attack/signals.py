@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from run.folder import checksum, read_lines
@@ -28,15 +28,20 @@ RUN = (
     "--warm-start-batches 40 --prompts-per-step 2 --samples-per-prompt 4 --max-new-tokens 8 --head-warmup-steps 1 "
     "--lr-warmup-steps 1 --steps 20 --save-every 1 --device cpu"
 ).split()
+SHORTER = "--warm-start-batches 10 --steps 8".split()
 EVALUATION = ["--test-stories", "5"]
 
 
-def start(out: Path) -> subprocess.Popen:
-    """The command that a user would give: the run's own, or --resume where there is something to resume."""
-    options = ["--resume"] if (out / "settings.json").exists() else RUN
-    command = [sys.executable, str(ROOT / "train.py"), *options, *EVALUATION, "--save-every", "1", "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+def start(*arguments: str | Path) -> subprocess.Popen:
+    """train.py, begun."""
+    command, environment = [sys.executable, ROOT / "train.py", *arguments], os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def as_a_user_would(run: Sequence[str], out: Path) -> list[str | Path]:
+    """The run's own options, or --resume where there is something to resume."""
+    options = ["--resume"] if (out / "settings.json").exists() else run
+    return [*options, *EVALUATION, "--save-every", "1", "--out", out]
 
 
 def result(out: Path) -> tuple:
@@ -65,44 +70,50 @@ def what_is_wrong(status: int, said: str, out: Path) -> str | None:
     return None
 
 
-def storm(folder: Path, draw: random.Random, signals: int, longest: float) -> tuple[int, list[str]]:
+def storm(
+    folder: Path, begin: Callable, draw: random.Random, signals: int = 0, longest: float = 0.0
+) -> tuple[int, list[str]]:
     """Stop a run at most `signals` times before it may end; how often it was, and what was wrong."""
     out, sent, wrong = folder / "run", 0, []
     while True:
-        process, last = start(out), sent >= signals
+        process, last = begin(out), sent >= signals
         if not last:
             for _ in range(draw.choice((1, 1, 1, 2))):  # sometimes impatiently
                 time.sleep(draw.uniform(0, 0.7 * longest))
                 if process.poll() is None:
                     process.send_signal(draw.choice((signal.SIGINT, signal.SIGTERM)))
                     sent += 1
-        said, _ = process.communicate()
+        said = "".join(process.communicate())
         if problem := what_is_wrong(process.returncode, said, out):
             wrong.append(f"{problem}: {' | '.join(said.splitlines()[-3:])}")
         if process.returncode == 0 or (last and wrong):
             return sent, wrong
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, start: Callable = start) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lab.attack signals", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--count", type=int, default=100, metavar="N", help="signals in all (default: 100)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (default: 0)")
-    parser.add_argument("--quick", action="store_true", help="four signals")
+    parser.add_argument("--quick", action="store_true", help="four signals, a shorter run")
     given = parser.parse_args(arguments)
     count, draw, begin = 4 if given.quick else given.count, random.Random(given.seed), time.time()
-    sent, runs, wrong = 0, 0, []
+    run, sent, runs, wrong = [*RUN, *(SHORTER if given.quick else [])], 0, 0, []
+
+    def begin_run(out: Path):
+        return start(*as_a_user_would(run, out))
+
     with tempfile.TemporaryDirectory() as scratch:
         calm = Path(scratch) / "calm"
         started = time.time()
-        _, problems = storm(calm, draw, 0, 0)
+        _, problems = storm(calm, begin_run, draw)
         longest, expected = time.time() - started, result(calm / "run")
         wrong += problems
         while sent < count:
             runs += 1
             folder = Path(scratch) / f"storm-{runs}"
-            more, problems = storm(folder, draw, min(count - sent, 12), longest)
+            more, problems = storm(folder, begin_run, draw, min(count - sent, 12), longest)
             sent, wrong = sent + more, wrong + problems
             if not problems and result(folder / "run") != expected:
                 wrong.append(f"run {runs} ended in other bits")

@@ -5,10 +5,10 @@ import ast
 import doctest
 import os
 import re
-import subprocess
-import sys
+import shlex
 from pathlib import Path
 
+import processes
 import pytest
 from conftest import ROOT
 
@@ -521,8 +521,7 @@ def cases(table: dict) -> list[tuple[str, str]]:
 
 def run(*arguments, **more):
     """A command of a student's, in the repository."""
-    command = [sys.executable, "-m", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **more})
+    return processes.run("-m", *arguments, cwd=ROOT, env={**os.environ, **more})
 
 
 @pytest.mark.parametrize("exercise", NAMES)
@@ -651,8 +650,9 @@ def shown_commands():
 
 @pytest.mark.parametrize("command", shown_commands())
 def test_every_question_has_a_command_that_works(command):
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, env=environment)
+    settings, arguments = re.fullmatch(r"((?:\w+=\S+ )*)python (.*)", command).groups()
+    more = dict(setting.split("=") for setting in settings.split())
+    done = processes.run(*shlex.split(arguments), cwd=ROOT, env={**os.environ, **more})
     assert done.returncode == 0, done.stdout + done.stderr
     assert not re.search(r"\bno tests ran\b|\b0 selected\b", done.stdout) and done.stdout.strip()
 

@@ -3,10 +3,9 @@
 import csv
 import os
 import shutil
-import subprocess
-import sys
 import time
 
+import processes
 import pytest
 from conftest import ROOT
 
@@ -155,8 +154,7 @@ def test_a_teachers_mistakes_get_one_line(tmp_path, capsys):
 
 def python(folder, *arguments, **more):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, "-B", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**environment, **more})
+    return processes.run("-B", *arguments, cwd=folder, env={**environment, **more})
 
 
 def test_the_copy_is_made_and_tried(tmp_path):

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 
+import processes
 import pytest
 import torch
 from conftest import ROOT
@@ -143,7 +144,10 @@ def test_a_stop_asked_for_while_something_is_finished_waits_and_elsewhere_does_n
 
 
 def test_signals_at_random_moments_lose_nothing(capsys):
-    assert signals.main(["--quick"]) == 0, capsys.readouterr().out
+    def start(*arguments):
+        return processes.Command(ROOT / "train.py", *arguments)
+
+    assert signals.main(["--quick"], start=start) == 0, capsys.readouterr().out
 
 
 def test_a_message_that_is_not_true_is_found(tmp_path):

@@ -1,9 +1,8 @@
 """The paper in miniature: its statistics by hand, its runs for real, its committed tables from the committed lines."""
 
 import json
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 from conftest import ROOT
@@ -18,9 +17,7 @@ RESULTS = ROOT / "results"
 
 
 def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "lab.paper", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
-    )
+    return processes.run("-m", "lab.paper", *arguments, cwd=ROOT)
 
 
 def test_equal_runs_have_equal_keys():

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from conftest import PROMPTS, ROOT
@@ -326,7 +327,7 @@ def test_without_any_output_it_trains_too(finished, tmp_path):
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminal closes here")
 def test_a_closed_terminal_saves(tmp_path):
     out = tmp_path / "run"
-    process = start(*TINY_RUN, "--steps", "5000", "--out", out, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = processes.Command(ROOT / "train.py", *TINY_RUN, "--steps", "5000", "--out", out)
     while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
         assert process.poll() is None
         time.sleep(0.05)

@@ -3,10 +3,9 @@
 import itertools
 import json
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
 from conftest import PROMPTS, ROOT, make_model
@@ -396,7 +395,7 @@ def test_the_final_table_and_the_formulas_are_shown(open_page, tmp_path):
     page = open_page(run_page.write_page([clipo_, grpo]))
     cells = page.locator("#levels td").all_inner_texts()
     assert cells[:4] == ["P0", "answer right", "80 [49, 94]", "80 [49, 94]"]  # eval.wilson's example
-    assert cells[6] == "0 [0, 28]" and cells[10] == "none"
+    assert cells[6] == "0 [0, 28]" and len(cells) == 8  # what was lucky is not shown
     assert page.locator("#levels th").last.evaluate("e => e.textContent") == HOSTILE
     formulas = page.locator("#formulas code").all_inner_texts()
     assert formulas[0].startswith("toy: rc = 1 (chance - L), between -0.9 and 1; L: decoupled, tau = 0.5")
@@ -432,14 +431,11 @@ def test_a_run_without_kept_groups_says_so(open_page, tmp_path):
 
 def test_the_page_of_a_real_run_opens(open_page, tmp_path):
     options = "--warm-start-batches 30 --prompts-per-step 2 --samples-per-prompt 4 --head-warmup-steps 1 --steps 3"
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *options.split(), "--test-stories", "5", "--out", tmp_path / "run"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = processes.run(ROOT / "train.py", *options.split(), "--test-stories", "5", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     page = open_page(tmp_path / "run" / "report.html")
     assert page.locator(".card").count() == 4
-    assert page.locator("#levels tr").count() == 1 + 4 * 3  # four levels, three shares
+    assert page.locator("#levels tr").count() == 1 + 4 * 2  # four levels, two shares
     assert page.locator("#levels th").all_inner_texts() == ["level", "share", "start", "trained"]
     page.locator("#step").fill("2")
     page.locator("#group").select_option("0")

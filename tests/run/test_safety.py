@@ -6,11 +6,11 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from conftest import PROMPTS, ROOT
@@ -182,16 +182,13 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bits(tmp_path):
     options = [*TINY_RUN, "--steps", "20", "--save-every", "1", "--device", "cpu"]
 
     def start(out, *more):
-        command = [sys.executable, str(ROOT / "train.py"), *options, "--out", str(out)]
-        if (out / "settings.json").exists():
-            command = [sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(out), "--test-stories", "5"]
-        return subprocess.Popen(
-            [*command, "--save-every", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        begun = (out / "settings.json").exists()
+        command = ["--resume", "--test-stories", "5"] if begun else options
+        return processes.Command(ROOT / "train.py", *command, "--out", out, "--save-every", "1")
 
     whole, killed = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
     process = start(whole)
-    assert process.wait() == 0, process.stderr.read()
+    assert process.wait() == 0, process.communicate()
     for _ in range(kills):
         process, steps = start(killed), len(run_folder.checkpoints(killed))
         while process.poll() is None and len(list(killed.glob("metrics.jsonl"))) == 0:
@@ -204,7 +201,7 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bits(tmp_path):
         process.wait()
         assert len(run_folder.checkpoints(killed)) >= min(steps, 1)
     process = start(killed)
-    assert process.wait() == 0, process.stderr.read()
+    assert process.wait() == 0, process.communicate()
     for log in ("metrics.jsonl", "rollouts.jsonl"):
         assert without_timings(whole / log) == without_timings(killed / log)
     for name in ("model.safetensors", "head.safetensors"):

@@ -4,10 +4,9 @@ import dataclasses
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 
+import processes
 import pytest
 import torch
 from conftest import DATA, ROOT, SIZE
@@ -31,7 +30,7 @@ from run import models as run_models
 from run import points
 from run import settings as run_settings
 from run.settings import default_out, new_settings
-from run.table import what_to_see
+from run.table import ROWS, what_to_see
 from tasks import data as task_data
 from tasks import toy
 
@@ -41,12 +40,8 @@ TINY_RUN = [
 ]  # fmt: skip
 
 
-def command(*arguments):
-    return [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
-
-
 def run(*arguments):
-    return subprocess.run(command(*arguments), capture_output=True, text=True)
+    return processes.run(ROOT / "train.py", *arguments)
 
 
 def lines(file):
@@ -75,8 +70,9 @@ def test_a_model_of_the_toy_world_has_no_second_warm_start(toy_run, tmp_path):
 
 def test_a_toy_run_leaves_everything_it_promises(toy_run):
     out, stdout = toy_run
-    for level in toy.LEVELS:
-        assert re.search(rf"^{level} +answer right +\d+% \[\d+, \d+\] +\d+% \[\d+, \d+\]$", stdout, re.M)
+    for title, meaning in ROWS.values():
+        assert re.search(rf"^{title} +answer right +\d+% \[\d+, \d+\] +\d+% \[\d+, \d+\]$", stdout, re.M)
+        assert f"{title}: {meaning[:20]}" in stdout
     metrics = lines(out / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2, 3, 4]
     assert {"reward", "accuracy", "process", "contrastive_loss", "on_floor", "entropy", "seconds"} <= set(metrics[0])
@@ -90,7 +86,7 @@ def test_a_toy_run_leaves_everything_it_promises(toy_run):
     }  # fmt: skip
     assert (out / "report.html").read_text().startswith("<!doctype html>")
     evaluation = json.loads((out / "evaluation.json").read_text())
-    assert set(evaluation["trained"]) == set(toy.LEVELS)
+    assert set(evaluation["trained"]) == set(ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +96,7 @@ def both(tmp_path_factory):
     options = [*TINY_RUN, "--both", "--steps", 3, "--save-every", 1, "--out", folder]
     given = vars(run_settings.parser().parse_args(map(str, options))) | {"command": ""}
     grpo, ours = (folder / default_out(new_settings(given | part)).name for part in ({"weight": 0.0}, {}))
-    process = subprocess.Popen(command(*options), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = processes.Command(ROOT / "train.py", *options)
     while not (ours / "metrics.jsonl").exists() or not (ours / "metrics.jsonl").read_text():
         assert process.poll() is None
         time.sleep(0.05)
@@ -115,11 +111,11 @@ def both(tmp_path_factory):
 
 def test_both_prints_one_table_of_start_grpo_and_clipo(both):
     grpo, ours, _, _, stdout = both
-    assert stdout.count("greedy, 10 stories a level") == 1
+    assert stdout.count("10 stories a level") == 1
     assert re.search(r"a level +start +GRPO +CLIPO$", stdout, re.M)
     interval = r" +(\d+% \[\d+, \d+\]|none)"
-    for level in toy.LEVELS:
-        assert re.search(rf"^{level} +answer right({interval}){{3}}$", stdout, re.M)
+    for title, _ in ROWS.values():
+        assert re.search(rf"^{title} +answer right({interval}){{3}}$", stdout, re.M)
     assert list(json.loads((ours / "evaluation.json").read_text())) == ["start", "GRPO", "CLIPO"]
     page = (ours / "report.html").read_text()
     assert f'"name":"{ours.name}"' in page and f'"name":"{grpo.name}"' in page  # one drawn over the other
@@ -166,31 +162,27 @@ def test_each_kind_of_run_has_a_folder_of_its_own(options, name):
     assert str(default_out(new_settings(given))) == f"runs/{name}"
 
 
-def levels(p0, p2):
-    """Answers and processes right of 100 stories, on P0 and on P2."""
-    one = {"P0": p0, "P2": p2}
-    return {level: {"answer": (a, 100), "process": (p, 100), "lucky": (a - p, a)} for level, (a, p) in one.items()}
-
-
-START = levels((80, 78), (65, 62))
+def lied_to(right):
+    """A model with so many right answers to 100 stories with a friend who is wrong."""
+    return {"liar": {"answer": (right, 100)}}
 
 
 @pytest.mark.parametrize(
     "grpo, ours, first, second",
     [
-        (levels((99, 0), (23, 0)), levels((90, 90), (75, 74)), "GRPO learnt to copy", "75% there: it went on"),
-        (levels((99, 0), (23, 0)), levels((80, 50), (45, 40)), "GRPO learnt to copy", "45% there: less than"),
-        (levels((99, 0), (23, 0)), levels((98, 0), (24, 0)), "GRPO learnt to copy", "did not prevent it here (24%)"),
-        (levels((99, 0), (23, 0)), levels((98, 0), (50, 0)), "GRPO learnt to copy", "did not prevent it"),  # by luck
-        (levels((95, 60), (40, 38)), levels((90, 90), (66, 66)), "GRPO began to copy", "66% there: it went on"),
-        (levels((95, 60), (40, 38)), levels((90, 60), (45, 44)), "GRPO began to copy", "did not prevent it here (45%)"),
-        (levels((88, 87), (70, 69)), levels((90, 90), (72, 72)), "GRPO did not learn to copy", "CLIPO has 72%."),
+        (1, 80, "GRPO learnt to copy", "80% there: it went on"),
+        (1, 45, "GRPO learnt to copy", "45% there: less than the start, but it went on"),
+        (1, 2, "GRPO learnt to copy", "did not prevent it here (2%)"),
+        (1, 30, "GRPO learnt to copy", "did not prevent it here (30%)"),
+        (55, 80, "GRPO began to copy", "80% there: it went on"),
+        (55, 50, "GRPO began to copy", "did not prevent it here (50%)"),
+        (75, 80, "GRPO did not learn to copy", "CLIPO has 80%."),
     ],
-)  # fmt: skip
+)
 def test_the_sentences_say_what_the_table_shows(grpo, ours, first, second):
-    told = what_to_see(START, grpo, ours)
+    told = what_to_see(lied_to(78), lied_to(grpo), lied_to(ours))
     assert first in told[0] and second in told[1]
-    assert f"{grpo['P2']['answer'][0]}%" in told[0] and f"{ours['P2']['answer'][0]}%" in told[1]
+    assert "78%" in told[0] and f"{grpo}%" in told[0] and f"{ours}%" in told[1]
 
 
 def test_dapo_replaces_groups_and_logs_the_stories_that_were_answered(tmp_path):
@@ -238,10 +230,9 @@ def test_a_resumed_run_is_the_same_to_the_bit(toy_run):
 def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, toy_run, number):
     out = tmp_path / "run"
     model = next(toy_run[0].parent.glob("warm-start-*[0-9]"))  # (not its lock)
-    process = subprocess.Popen(
-        command(*TINY_RUN, "--model", model, "--data", "toy", "--steps", 100000, "--out", out),
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+    process = processes.Command(
+        ROOT / "train.py", *TINY_RUN, "--model", model, "--data", "toy", "--steps", 100000, "--out", out
+    )
     while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
         assert process.poll() is None
         time.sleep(0.1)

@@ -1,10 +1,9 @@
 """tsne.py: its numbers against plain loops, its pictures from a real run."""
 
 import math
-import subprocess
-import sys
 
 import numpy as np
+import processes
 import pytest
 from conftest import ROOT
 
@@ -12,7 +11,7 @@ from run import points as run_points
 
 
 def command(script, *arguments):
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True)
+    return processes.run(ROOT / script, *arguments)
 
 
 def cosine_distance(a, b):

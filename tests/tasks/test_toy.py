@@ -12,7 +12,7 @@ from run import table as run_table
 from run import warm_start as run_warm_start
 from tasks import toy
 from tasks.grading import is_correct
-from tasks.toy import LEVELS, Demonstrator, Story, World, is_sound, make_story, stories, write
+from tasks.toy import LEVELS, Demonstrator, Story, World, is_sound, make_story, stories, stories_to_test, write
 
 STORY = Story("", "5", start=3, steps=(("+", 4), ("-", 2)), friend=9)
 
@@ -31,6 +31,7 @@ def test_stories_say_what_they_are(name):
             total += amount if sign == "+" else -amount
             assert 0 <= total <= toy.LARGEST
         assert story.answer == str(total)
+        assert not level.liar or story.friend != int(story.answer)
         said = numbers_in(story)
         assert said[0] == story.start and said[-1] == story.friend
         middle = said[1:-1]
@@ -127,6 +128,14 @@ def test_the_tiny_model_has_the_stated_size_and_learns():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_where_the_friend_is_wrong_all_else_is_as_on_p0():
+    usual, lied = stories_to_test("P0", 100), stories_to_test("liar", 100)
+    assert [s.question.rsplit(" ", 1)[0] for s in usual] == [s.question.rsplit(" ", 1)[0] for s in lied]
+    assert [s.solution for s in usual] == [s.solution for s in lied]
+    assert all(s.question.endswith(f" says {s.friend}") and s.friend != int(s.answer) for s in lied)
+    assert len({s.friend for s in lied}) > 20 and all(0 <= s.friend <= toy.LARGEST for s in lied)
+
+
 def test_evaluation_counts(monkeypatch):
     """A model that answers with the friend's number at once: right as often as the friend, never sound, all luck."""
     tokenizer = toy.make_tokenizer()
@@ -138,6 +147,6 @@ def test_evaluation_counts(monkeypatch):
 
     monkeypatch.setattr(run_table, "generate", copy_the_friend)
     for name, metrics in run_table.measure_levels(SimpleNamespace(generation_config=None), tokenizer, count=50).items():
-        test = stories(f"test {name} 0", LEVELS[name], 50)
+        test = stories_to_test(name, 50)
         right = sum(s.friend == int(s.answer) for s in test)
         assert metrics == {"answer": (right, 50), "process": (0, 50), "lucky": (right, right)}
