@@ -26,7 +26,7 @@ class Arm:
         config = all_settings(self.config | ({"steps": steps} if steps else {}))
         world = asdict(toy.World.changed(self.world))
         short = {"batches": 30, "stories": 30} if steps else SHORTER.get(self.size, {})
-        doubled = self.doubled + (seed in LONG)
+        doubled = 0 if self.size in SHORTER else self.doubled and self.doubled + (seed in LONG)
         return Run("train", seed, config, world, trainer=self.trainer, doubled=doubled, size=self.size, **short)
 
 
@@ -39,24 +39,30 @@ GRPO, CLIPO, ORACLE = Arm(WITHOUT, against=None), Arm(), Arm(WITHOUT, trainer="o
 ENDS = {"GRPO": GRPO, "oracle": ORACLE}  # between which an arm is measured
 
 TRACK1 = {"GRPO": GRPO, "CLIPO": CLIPO, "CLIPO, shuffled": Arm(SHUFFLED), "oracle": ORACLE}
-MECHANISM = {
-    "CLIPO": CLIPO,
-    "CLIPO, shuffled": Arm(SHUFFLED),
-    "paper's constants": Arm(PAPER),
-    "GRPO": GRPO,
-    "oracle": ORACLE,
-}
-REFEREE = ENDS | {
-    "CLIPO": CLIPO,
-    "CLIPO, shuffled": Arm(SHUFFLED),
-    "paper's constants": Arm(PAPER),
-    **{f"GRPO, beta {beta}": Arm(WITHOUT | {"beta": beta}) for beta in (0.1, 0.5)},
-    "GRPO, a quarter of lr": Arm(WITHOUT | {"lr": 2.5e-5}),
+RIVALS = TRACK1 | {
+    "same steps": Arm(trainer="same steps"),
+    "GRPO, beta 0.5": Arm(WITHOUT | {"beta": 0.5}),
     "CLIPO, no KL": Arm({"beta": 0.0}),
-    "agreement of texts: same steps": Arm(trainer="same steps"),
-    "agreement of texts: similarity": Arm(trainer="similar text"),
-    "agreement in the frozen start": Arm(trainer="frozen start"),
 }
+
+# The world and the form of commit 29e1143, which tables of one seed were made in that were not made again.
+BEFORE = {
+    "world": {"friend_right": (0.99, 0.99, 0.99, 0.35, 0.15)},
+    "form": dict(
+        center_hidden=True, contrastive_kind="decoupled", contrastive_scope="wrong_of_all", tau=0.5,
+        reward_from_chance=True, weight=1.0, reward_floor=-0.9, reward_ceiling=1.0, head_steps=4,
+    ),
+}  # fmt: skip
+
+
+def before(arms: dict[str, Arm]) -> dict[str, Arm]:
+    """The same arms as they were there, and not on to twice the steps."""
+    return {
+        name: replace(arm, config=BEFORE["form"] | arm.config, world=BEFORE["world"] | arm.world, doubled=0)
+        for name, arm in arms.items()
+    }
+
+
 SHORTER = {  # warm start (in batches) and evaluation of models that take hours
     "small": {"batches": 300},
     "smollm": {"batches": 100, "stories": 100},
@@ -139,14 +145,6 @@ RUNGS = {"paper's constants": PAPER}
 for change in CHANGES:
     RUNGS[f"+ {change}"] = list(RUNGS.values())[-1] | CHANGES[change]
 LADDER = ENDS | {name: Arm(config) for name, config in RUNGS.items()}
-# The same changes alone, for frozen policies: each added to the paper's constants, each taken away from ours.
-ALONE = {f"paper's, {name}": PAPER | change for name, change in CHANGES.items()}
-TAKEN_AWAY = {
-    f"ours without: {name}": {key: PAPER[key] for key in change}
-    for name, change in CHANGES.items()
-    if name != "all positives"  # without them, as without "decoupled", the loss is the paper's
-}
-FROZEN = {**RUNGS, **ALONE, **TAKEN_AWAY}
 
 
 def in_world(world: dict, where: str) -> dict[str, Arm]:
@@ -169,10 +167,13 @@ PHASE = {
         f"sound {sound}, friend {friend}",
     ).items()
 }
-LIMITS = in_world({}, "as usual") | in_world({"mistaught": 0.2}, "20% of sums mis-taught")
 
-# Chosen on tuning seeds: the friend, and then the form of the toy run's contrastive reward.
-RATES = (0.8, 0.85, 0.9, 0.95, 0.99)
+
+# ----------------------------------------------------------------------------------------------------
+# Choices, on tuning seeds
+# ----------------------------------------------------------------------------------------------------
+
+RATES = (0.8, 0.85, 0.9)
 
 
 def friend(rate: float) -> dict:
@@ -180,8 +181,17 @@ def friend(rate: float) -> dict:
     return {"friend_right": (rate,) * 3 + toy.WORLD.friend_right[3:]}
 
 
-CHOICE_OF_FRIEND = {
-    f"{name}, friend {rate}": Arm(WITHOUT, None, friend(rate), trainer)
-    for rate in RATES
-    for name, trainer in (("GRPO", ""), ("oracle", "oracle"))
+FRIENDS = {f"GRPO, friend {rate}": Arm(WITHOUT, None, friend(rate)) for rate in RATES}
+
+THREE = PAPER | {"center_hidden": True, "reward_from_chance": True, "reward_floor": -0.9}
+FORMS = ENDS | {
+    "paper's constants": Arm(PAPER),
+    "three changes": Arm(THREE),
+    "three, but the group's mean left in": Arm(THREE | {"center_hidden": False}),
+    "three, but not from chance": Arm(THREE | {"reward_from_chance": False}),
+    "three, but floor -0.5": Arm(THREE | {"reward_floor": -0.5}),
+    "nine changes": Arm(BEFORE["form"]),
 }
+KNOWN = (*TRACK1, "paper's constants")  # have a look of their own in figures
+FROZEN = {name: arm.config for name, arm in FORMS.items() if name != "oracle"}
+FROZEN_RATES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.99)

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from config import CLIPOConfig
-from lab.arms import ENDS, FRIEND, MECHANISM, SOUND, TEMPERATURE, TRACK1
-from lab.runs import SHARES
-from lab.tables import TIMES, Lines, over_history, shares
+from lab.arms import ENDS, FRIEND, SOUND, TEMPERATURE, TRACK1
+from lab.tables import TIMES, Lines, lied_to, over_history, push, shares
 
 # One look an arm, in all figures: a colour that colour-blind readers can tell apart, a line for grey print, a marker.
 LOOKS = {
@@ -20,6 +19,7 @@ LOOKS = {
     "oracle": {"color": "#009E73", "linestyle": ":", "marker": "D"},
     "paper's constants": {"color": "#8A4A73", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "v"},
 }
+OTHER = {"color": "0.55", "marker": "x"}
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # of what is no arm of its own
 
 
@@ -68,44 +68,27 @@ def save(figure, file: Path) -> None:
     plot().close(figure)
 
 
-def mechanism_figure(lines: Lines, file: Path, few: int = 20) -> None:
-    """What the reward pays for soundness: over training, by the sound share (of no fewer than `few` groups: the mean of
-    fewer says little), and what stands on the floor."""
-    figure, axes = plot().subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    for arm in [a for a in MECHANISM if a not in ENDS]:
-        axes[0].plot(*curve(lines[arm], "gap"), **line_of(arm))
-        axes[2].plot(*curve(lines[arm], "on_floor"), **line_of(arm))
-        bins = np.sum([line["gap_by_share"] for line in lines[arm]], axis=0)  # (SHARES, 2)
-        some = bins[:, 0] >= few
-        middles = (np.arange(SHARES)[some] + 0.5) / SHARES
-        axes[1].plot(middles, bins[some, 1] / bins[some, 0], marker=LOOKS[arm]["marker"], **line_of(arm))
-    unit = "paid to sound minus unsound,\nin standard deviations of the group's reward"
-    axes[0].set(title="What soundness is paid, over training", xlabel="step", ylabel=unit)
-    axes[1].set(title="... by how many of the right answers are sound",
-                xlabel="sound share of a group's correct rollouts", ylabel=unit, xlim=(0, 1))  # fmt: skip
-    axes[2].set(title="Anchors on the reward's floor", xlabel="step", ylabel="share of anchors", ylim=(-0.02, 1.02))
-    for axis in axes:
-        axis.axhline(0, color="0.6", linewidth=0.8)
-        axis.grid(alpha=0.3)
-    axes[1].legend()
-    save(figure, file)
-
-
 def track1_figure(lines: Lines, file: Path) -> None:
-    """Every seed a dot: answers on the longest stories, and the share of sound rollouts over training."""
+    """Every seed a dot: right answers where the friend is wrong, and the share of sound rollouts over training."""
     figure, (dots, curves) = plot().subplots(1, 2, figsize=(13, 4.8), layout="constrained")
     steps = CLIPOConfig.for_track("toy").steps
     for place, arm in enumerate(TRACK1):
-        for end, (how, fill) in enumerate(zip(TIMES.values(), ("full", "none"), strict=True)):
-            values, row = shares(lines[arm], "P2", "answer", how), place + 0.45 * end
+        for end, (how, fill) in enumerate(zip(list(TIMES.values())[:2], ("full", "none"), strict=True)):
+            values, row = [lied_to(line, how) for line in lines[arm]], place + 0.45 * end
             look = {"marker": LOOKS[arm]["marker"], "color": LOOKS[arm]["color"], "fillstyle": fill}
             dots.plot(values, np.array(beside(values, 0.012, 0.045)) + row, linestyle="", markersize=4.5, **look)
-            dots.plot(np.mean(values), row, "|", color="black", markersize=20)
-        curves.plot(*curve(lines[arm], "process"), **line_of(arm))
+            dots.plot(np.median(values), row, "|", color="black", markersize=20)
+        usual = [
+            {**line, "history": {"process": line["history"]["process"][: 2 * steps]}} for line in lines[arm]
+        ]  # (some seeds went on)
+        curves.plot(*curve(usual, "process"), **line_of(arm))
+    start = np.median([lied_to(line) for line in lines["warm start"]])
+    dots.axvline(start, color="0.4", linewidth=0.8, linestyle=":")
     title = (
-        f"Right answers on P2, greedy: a dot is a seed, the bar their mean\n(full: {steps} steps, hollow: {2 * steps})"
+        'Right answers to "P0, friend wrong": a dot is a seed, the bar their median,\n'
+        f"the dotted line that of the starts (full: {steps} steps, hollow: {2 * steps})"
     )
-    dots.set(title=title, xlabel="share of stories", xlim=(0, 1))
+    dots.set(title=title, xlabel="share of stories", xlim=(-0.02, 1))
     dots.set_yticks(np.arange(len(TRACK1)) + 0.22, list(TRACK1))
     dots.invert_yaxis()
     curves.axvline(steps, color="0.6", linewidth=0.8)
@@ -113,6 +96,22 @@ def track1_figure(lines: Lines, file: Path) -> None:
     curves.legend()
     for axis in (dots, curves):
         axis.grid(alpha=0.3)
+    save(figure, file)
+
+
+def push_figure(lines: Lines, file: Path) -> None:
+    """Where the first ten steps push, against where a run ends: every run of every table a dot."""
+    figure, axis = plot().subplots(figsize=(8, 5), layout="constrained")
+    for arm, part in lines.items():
+        look = {name: LOOKS[arm][name] for name in ("color", "marker")} if arm in LOOKS else OTHER
+        axis.plot([push([line]) for line in part], [lied_to(line) for line in part], linestyle="", markersize=5,
+                  label=arm, alpha=0.8, **look)  # fmt: skip
+    axis.axvline(0, color="0.6", linewidth=0.8)
+    axis.set(title="Where the first ten steps push, and where 60 steps end",
+             xlabel="mean advantage of sound responses minus that of right but unsound ones, steps 1 to 10",
+             ylabel='right answers to "P0, friend wrong"', ylim=(-0.02, 1))  # fmt: skip
+    axis.grid(alpha=0.3)
+    axis.legend()
     save(figure, file)
 
 

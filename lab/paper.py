@@ -22,39 +22,31 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tsne
 from border import OptionParser
 from config import CLIPOConfig
-from lab.arms import (
-    BASELINES,
-    CHOICE_OF_FRIEND,
-    FROZEN,
-    GROUP_SIZE,
-    HEAD,
-    LADDER,
-    LIMITS,
-    LOSSES,
-    MECHANISM,
-    PHASE,
-    PRECISION,
-    REFEREE,
-    SCOPE,
-    SMALL,
-    SMOLLM,
-    TEMPERATURE,
-    TRACK1,
-    WEIGHT,
-    Arm,
-)
-from lab.figures import mechanism_figure, phase_figure, temperature_figure, track1_figure
+from lab import arms as of
+from lab.arms import Arm
+from lab.figures import phase_figure, push_figure, temperature_figure, track1_figure
 from lab.provenance import ROOT, markdown
-from lab.runs import PRETRAINED, Run, known_runs, make
-from lab.tables import Lines, comparison, frozen_table, levels_table, provenance, track1_json, twice_table
+from lab.runs import PRETRAINED, Run, all_settings, known_runs, make
+from lab.tables import (
+    STEPS,
+    Lines,
+    comparison,
+    counts_table,
+    early_stopping,
+    frozen_tables,
+    levels_table,
+    longer_table,
+    provenance,
+    track1_json,
+)
 from run import points
+from tasks.toy import World
 
 
 @dataclass(frozen=True)
@@ -62,39 +54,39 @@ class Experiment:
     title: str
     arms: dict[str, Arm]
     seeds: int = 4
-    first: int = 32  # of its seeds
+    first: int = 32
     figure: Callable[[Lines, Path], None] | None = None
 
 
-FIRST = 16  # seeds below it were looked at while the world was made
+TUNING, FRESH, OLD = 1000, 32, 16  # first seeds: to choose on; run once; reported of the world before
 EXPERIMENTS = {  # the most important first: `all` may be stopped
-    "track1": Experiment("Track I in miniature", TRACK1, 16, 32, track1_figure),
-    "referee": Experiment("What a referee would ask", REFEREE, 4),
-    "mechanism": Experiment("What the contrastive reward pays for", MECHANISM, 4, 32, mechanism_figure),
-    "limits": Experiment("Where does it not hold?", LIMITS, 2),
-    "phase": Experiment("When does it help? The world's two dials", PHASE, 1, 32, phase_figure),
-    "ladder": Experiment("From the paper's constants to ours, one change on top of the other", LADDER, 2),
-    "baselines": Experiment("Policy losses, each with and without CLIPO", BASELINES, 1),
-    "head": Experiment("The contrastive head", HEAD, 1),
-    "scope": Experiment("Where positives and negatives come from", SCOPE, 1),
-    "losses": Experiment("Contrastive losses", LOSSES, 1),
-    "temperature": Experiment("Temperature tau", TEMPERATURE, 1, 32, temperature_figure),
-    "weight": Experiment("Weight lambda", WEIGHT, 1),
-    "groupsize": Experiment("Group size at equal rollouts per step", GROUP_SIZE, 1),
-    "precision": Experiment("Matrix products in bfloat16, weights and optimiser in float32", PRECISION, 1),
-    "small": Experiment("A model of 27M parameters", SMALL, 1),
-    "smollm": Experiment(
-        "A pretrained model: SmolLM2-135M-Instruct, on 100 stories", SMOLLM, 1, 32, partial(mechanism_figure, few=10)
-    ),
+    "track1": Experiment("Track I in miniature", of.TRACK1, 16, FRESH, track1_figure),
+    "rivals": Experiment("Beside others that hold", of.RIVALS, 16, FRESH),
+    "friend": Experiment("Which friend? The least reliable one with whom GRPO drifts", of.FRIENDS, 8, TUNING),
+    "form": Experiment("Which form? The fewest changes that hold", of.FORMS, 8, TUNING),
+    "phase": Experiment("When does it help? The world's two dials", of.before(of.PHASE), 1, OLD, phase_figure),
+    "ladder": Experiment("From the paper's constants to nine changes", of.before(of.LADDER), 2, OLD),
+    "baselines": Experiment("Policy losses, each with and without CLIPO", of.before(of.BASELINES), 1, OLD),
+    "head": Experiment("The contrastive head", of.before(of.HEAD), 1, OLD),
+    "scope": Experiment("Where positives and negatives come from", of.before(of.SCOPE), 1, OLD),
+    "losses": Experiment("Contrastive losses", of.before(of.LOSSES), 1, OLD),
+    "temperature": Experiment("Temperature tau", of.before(of.TEMPERATURE), 1, OLD, temperature_figure),
+    "weight": Experiment("Weight lambda", of.before(of.WEIGHT), 1, OLD),
+    "groupsize": Experiment("Group size at equal rollouts per step", of.before(of.GROUP_SIZE), 1, OLD),
+    "precision": Experiment("Matrix products in bfloat16", of.before(of.PRECISION), 1, OLD),
+    "small": Experiment("A model of 27M parameters", of.before(of.SMALL), 1, OLD),
+    "smollm": Experiment("A pretrained model: SmolLM2-135M-Instruct, on 100 stories", of.before(of.SMOLLM), 1, OLD),
 }
-EXPERIMENTS["friend"] = Experiment("Which friend?", CHOICE_OF_FRIEND, 8, 1000)
-NAMES = [*EXPERIMENTS, "tsne", "all"]
+NAMES = [*EXPERIMENTS, "frozen", "push", "tsne", "all"]
 APART = {"smollm"}  # not of `all`: it wants a model that is not made here
-FROZEN_SEEDS = range(FIRST, FIRST + 2)
+FROZEN_SEEDS = range(TUNING, TUNING + 2)
 
 
-def frozen_run(seed: int) -> Run:
-    return Run("frozen", seed, {arm: Arm(config).run(seed).config for arm, config in FROZEN.items()})
+def frozen_runs() -> list[Run]:
+    """All heads on the same rollouts of a policy that stays as it is, for each friend."""
+    heads = {arm: all_settings(config) for arm, config in of.FROZEN.items()}
+    worlds = [asdict(World.changed(of.friend(rate))) for rate in of.FROZEN_RATES]
+    return [Run("frozen", seed, heads, world) for seed in FROZEN_SEEDS for world in worlds]
 
 
 def seeds_of(experiment: Experiment, seeds: int | None) -> range:
@@ -105,12 +97,11 @@ def seeds_of(experiment: Experiment, seeds: int | None) -> range:
 def wanted(name: str, seeds: int | None, steps: int | None) -> list[Run]:
     """All runs of an experiment, seed by seed, so that a stopped command leaves whole seeds."""
     experiment = EXPERIMENTS[name]
-    runs = [arm.run(seed, steps) for seed in seeds_of(experiment, seeds) for arm in experiment.arms.values()]
-    return runs + [frozen_run(seed) for seed in FROZEN_SEEDS if name == "mechanism" and not steps]
+    return [arm.run(seed, steps) for seed in seeds_of(experiment, seeds) for arm in experiment.arms.values()]
 
 
 def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps: int | None) -> bool:
-    """The table of an experiment, and its figure, from the lines that are there. False if it has none of its own."""
+    """The table of an experiment, and its figure, from the lines that are there. False if there are none."""
     experiment = EXPERIMENTS[name]
     lines: Lines = {
         arm: [known[key] for seed in seeds_of(experiment, seeds) if (key := spec.run(seed, steps).key) in known]
@@ -125,19 +116,46 @@ def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps:
     if all(len(keys) == 1 for keys in starts):  # all arms of a seed begin with the same model
         arms = {"warm start": Arm(against=None), **arms}
         lines["warm start"] = [known[key] for (key,) in starts if key in known]
-    parts = [f"# {experiment.title}", provenance(name, list(used)), comparison(arms, lines)]
+    parts = [f"# {experiment.title}", provenance(name, list(used))]
+    if experiment.first == OLD:
+        parts.append("Made in the world and the form before the present ones (docs/worlds.md), with the code of then.")
     if missing:
         parts.append(f"Not complete yet: {', '.join(missing)}.")
+    if name in ("track1", "rivals", "form") and not missing:
+        parts += ['Right answers to "P0, friend wrong"; held: no more than ten points below the start.']
+        parts += [counts_table(arms, lines), longer_table(arms, lines)]
+    parts.append(comparison(arms, lines))
     if experiment.figure and all(lines.values()):
         experiment.figure(lines, out / f"{name}.png")
-    if name == "track1" and all(lines.values()):
-        usual = CLIPOConfig.for_track("toy").steps
-        parts += [f"After {usual} steps, and after twice as many:", twice_table(lines)]
-        parts += [f"Means over seeds after {usual} / {2 * usual} steps:", levels_table(arms, lines)]
+    if name == "track1" and not missing:
+        parts += [early_stopping(lines), f"Means over seeds after {STEPS} / {2 * STEPS} steps:"]
+        parts.append(levels_table(arms, lines))
         (out / "track1.json").write_text(json.dumps(track1_json(lines), indent=1) + "\n", encoding="utf-8")
-    if name == "mechanism" and (frozen := [known[r.key] for s in FROZEN_SEEDS if (r := frozen_run(s)).key in known]):
-        parts += ["With frozen policies:", frozen_table(frozen)]
-    (out / f"{name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (out / f"{name}.md").write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
+    return True
+
+
+def draw_push(out: Path, known: dict[str, dict]) -> bool:
+    """One figure of all runs that have measured their push."""
+    lines: Lines = {}
+    for name in ("track1", "rivals", "form"):
+        experiment = EXPERIMENTS[name]
+        for arm, spec in experiment.arms.items():
+            part = [known[key] for seed in seeds_of(experiment, None) if (key := spec.run(seed).key) in known]
+            lines.setdefault(arm if arm in of.KNOWN else "others", []).extend(part)
+    lines = {arm: list({id(line): line for line in part}.values()) for arm, part in lines.items() if part}
+    if lines:
+        push_figure(lines, out / "push.png")
+    return bool(lines)
+
+
+def draw_frozen(out: Path, known: dict[str, dict]) -> bool:
+    """What each setting pays while the policy stays as the start left it, by how often the friend is right."""
+    lines = [known[run.key] for run in frozen_runs() if run.key in known]
+    if not lines:
+        return False
+    parts = ["# With frozen policies", provenance("frozen", lines), *frozen_tables(lines)]
+    (out / "frozen.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return True
 
 
@@ -180,6 +198,12 @@ def make_and_draw(name: str, out: Path, given: argparse.Namespace) -> bool:
             return False
         tabulate_tsne(out)
         return True
+    if name == "push":
+        return draw_push(out, known_runs(file))
+    if name == "frozen":
+        if not given.draw:
+            make(frozen_runs(), file, runs, given.workers, given.device)
+        return draw_frozen(out, known_runs(file))
     if not given.draw:
         make(wanted(name, given.seeds, given.steps), file, runs, given.workers, given.device)
     return draw(name, out, known_runs(file), given.seeds, given.steps)

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import train
-from clipo import ROLLOUT, Scored
+from clipo import ROLLOUT, Agreement, Scored, group_advantages
 from config import INFORMATIVE, CLIPOConfig
 from engine.guard import Trainer
 from lab.provenance import ROOT, commit, processor
@@ -39,7 +39,7 @@ from run.settings import Settings, as_options
 from run.table import measure_table
 from run.warm_start import warm_started
 from tasks.grading import are_correct
-from tasks.toy import ToyTask, World, is_sound, soundness
+from tasks.toy import Story, ToyTask, World, is_sound, soundness
 
 PRETRAINED = {"smollm": ROOT / "runs" / "smollm"}  # a size that is a model of its own: python -m lab.smollm runs/smollm
 SHARES = 5  # bins of the share of sound ones among a group's correct rollouts
@@ -215,10 +215,52 @@ def quietly(main: Callable, arguments: Sequence, task: type[ToyTask], trainer: t
         raise RuntimeError(f"train.py {shlex.join(map(str, arguments))} ended with status {status}: {said.getvalue()}")
 
 
+def calculates(story: Story, text: str) -> bool:
+    """Does a response go through all of a story, whatever it makes of it? (Copying has always fewer steps.)
+
+    >>> story = Story("", "5", start=3, steps=(("+", 4), ("-", 2)))
+    >>> calculates(story, "3 + 4 = 8 . 8 - 2 = 6 . #### 6"), calculates(story, "3 + 2 = 5 . #### 5")
+    (True, False)
+    """
+    return text.count("=") == len(story.steps)
+
+
+class Frozen:
+    """What one head is paid on the rollouts of a frozen policy."""
+
+    def __init__(self):
+        self.mechanism, self.on_floor = Mechanism(), []
+        self.advantages = {"calculated": [], "copied": []}
+        self.by_right = {}  # {n right of a group: [groups, sum of their (copied - calculated)]}
+
+    def add(self, agreement: Agreement, correct: Tensor, sound: Tensor, calculated: Tensor, config: CLIPOConfig):
+        reward = correct + agreement.reward
+        advantage = group_advantages(reward, scale_by_std=config.scale_by_std)
+        self.mechanism.add(agreement.reward, reward, correct, sound)
+        self.on_floor += (agreement.reward[agreement.pairs.anchor] <= config.reward_floor).tolist()
+        self.advantages["calculated"] += advantage[calculated].tolist()
+        self.advantages["copied"] += advantage[~calculated].tolist()
+        for paid, right, one in zip(advantage, correct, calculated, strict=True):
+            if one.any() and not one.all():
+                cell = self.by_right.setdefault(int(right.sum()), [0, 0.0])
+                cell[0], cell[1] = cell[0] + 1, cell[1] + (paid[~one].mean() - paid[one].mean()).item()
+
+    def summary(self) -> dict:
+        groups, gaps = (sum(column) for column in zip(*self.mechanism.by_share, strict=True))
+        means = {kind: sum(all_of) / max(1, len(all_of)) for kind, all_of in self.advantages.items()}
+        return {
+            "gap": gaps / max(1, groups),
+            "by_share": self.mechanism.by_share,
+            "on_floor": sum(self.on_floor) / max(1, len(self.on_floor)),
+            **means,
+            "by_right": {str(n): cell for n, cell in sorted(self.by_right.items())},
+        }
+
+
 def execute_frozen(run: Run, runs: Path, device: torch.device) -> dict:
     """Every arm's head learns from the same rollouts of the warm-started policy, which stays as it is.
 
-    Measured once a third of the steps is over: {arm: mean gap over groups, by sound share, share on the floor}.
+    Measured once a third of the steps is over. {"arms": {arm: its `Frozen.summary`}, and shares of all rollouts}.
     """
     model, tokenizer, world = open_start(run, runs, device)
     trainers = {
@@ -226,30 +268,30 @@ def execute_frozen(run: Run, runs: Path, device: torch.device) -> dict:
         for arm, changes in run.config.items()
     }
     first = next(iter(trainers.values()))
-    task, found = ToyTask(first.config, tokenizer, world), {arm: (Mechanism(), []) for arm in trainers}
+    task, found = ToyTask(first.config, tokenizer, world), {arm: Frozen() for arm in trainers}
+    right = {"calculated": [], "copied": []}
     for step in range(first.config.steps):
         stories = task.problems(step)
         prompts, answers = [task.prompt(story) for story in stories], [story.answer for story in stories]
         sampled = first.roll_out(prompts, answers, first.random(ROLLOUT))
-        groups = zip(stories, sampled.texts, strict=True)
-        sound = torch.tensor([[is_sound(story, text) for text in texts] for story, texts in groups], device=device)
+        groups = list(zip(stories, sampled.texts, strict=True))
+        sound, calculated = (
+            torch.tensor([[is_true(story, text) for text in texts] for story, texts in groups], device=device)
+            for is_true in (is_sound, calculates)
+        )
+        measured = step >= first.config.steps // 3
+        if measured:
+            right["calculated"] += sampled.correct[calculated].tolist()
+            right["copied"] += sampled.correct[~calculated].tolist()
         for arm, trainer in trainers.items():
             agreement = trainer.contrastive_step(sampled.rollouts.hidden, sampled.correct)
-            rc, correct = agreement.reward, sampled.correct
             trainer.steps_done += 1
-            if step >= first.config.steps // 3:
-                mechanism, on_floor = found[arm]
-                mechanism.add(rc, correct + rc, correct, sound)
-                on_floor += (rc[agreement.pairs.anchor] <= trainer.config.reward_floor).tolist()
+            if measured:
+                found[arm].add(agreement, sampled.correct, sound, calculated, trainer.config)
     return {
-        "arms": {
-            arm: {
-                "gap": sum(total for _, total in mechanism.by_share) / max(1, sum(n for n, _ in mechanism.by_share)),
-                "by_share": mechanism.by_share,
-                "on_floor": sum(on_floor) / max(1, len(on_floor)),
-            }
-            for arm, (mechanism, on_floor) in found.items()
-        }
+        "arms": {arm: frozen.summary() for arm, frozen in found.items()},
+        "right": {kind: sum(flags) / max(1, len(flags)) for kind, flags in right.items()},
+        "copied": len(right["copied"]) / (len(right["copied"]) + len(right["calculated"])),
     }
 
 

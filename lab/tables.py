@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import stats
 
+from config import CLIPOConfig
 from lab.arms import FROZEN, TRACK1, Arm
 from lab.provenance import markdown
-from lab.runs import SHARES
 from tasks import toy
 
+STEPS = CLIPOConfig.for_track("toy").steps
 Lines = dict[str, list[dict]]  # arm -> its lines in the results file, by seed
 
 
@@ -84,15 +85,15 @@ def interval(values: Sequence[float]) -> str:
     return f"{mean:+.0f}" + ("" if len(values) < 2 else f" [{low:.0f}, {high:.0f}]")
 
 
-def over_history(lines: Sequence[dict], name: str) -> float:
+def over_history(lines: Sequence[dict], name: str, steps: slice | None = None) -> float:
     """Mean over runs of the mean over steps of something that each step measured; not a number if none did.
 
-    (Where a run went on to twice the steps, its first half, as for all others.)
+    (Where a run went on to twice the steps, its first part, as for all others.)
     """
 
     def known(line: dict) -> list[float]:
-        values = line["history"][name]
-        return [v for v in values[: len(values) // (1 + line["twice"])] if v is not None]
+        values = line["history"].get(name, [])
+        return [v for v in values[: len(values) >> line["doubled"]][steps or slice(None)] if v is not None]
 
     means = [np.mean(values) for line in lines if (values := known(line))]
     return float(np.mean(means)) if means else float("nan")
@@ -102,61 +103,167 @@ def decimal(value: float) -> str:
     return "" if np.isnan(value) else f"{value:.2f}"
 
 
+HELD = 0.10  # a start is held that loses no more of its right answers
+EARLY = slice(0, 10)  # the steps whose push is told: before there is much to copy, or to hold
+TIMES = {"": "greedy", "_twice": "greedy_twice", "_four_times": "greedy_four_times"}  # usual steps, twice as many, ...
+
+
+def lied_to(line: dict, how: str = "greedy") -> float:
+    """The share of right answers to P0's stories with a friend who is wrong."""
+    return share(line, "liar", "answer", how)
+
+
+def is_held(line: dict, starts: dict[int, dict], how: str) -> bool:
+    return lied_to(line, how) >= lied_to(starts[line["seed"]]) - HELD
+
+
+def shares_of_the_way(lines: Lines, arm: str, how: str, against: str = "GRPO", ceiling: str = "oracle") -> list[float]:
+    """Seed by seed, on "P0, friend wrong": how far an arm comes from GRPO's share to the oracle's, if that is more."""
+    low, top = ({line["seed"]: lied_to(line, how) for line in lines[name]} for name in (against, ceiling))
+    return [
+        (lied_to(line, how) - low[line["seed"]]) / (top[line["seed"]] - low[line["seed"]])
+        for line in lines[arm]
+        if top[line["seed"]] > low[line["seed"]]
+    ]
+
+
+def counts_table(arms: dict[str, Arm], lines: Lines) -> str:
+    """Arms by how many starts they hold, on "P0, friend wrong"; then what else is measured. In percent."""
+    starts, rows = {line["seed"]: line for line in lines["warm start"]}, []
+    for end, how in list(TIMES.items())[:2]:
+        for arm in arms:
+            now = "greedy" if arm == "warm start" else how
+            if not lines[arm] or now not in lines[arm][0] or (arm == "warm start" and end):
+                continue
+            mine = [lied_to(line, now) for line in lines[arm]]
+            row = {"arm": arm, "steps": 0 if arm == "warm start" else STEPS << bool(end)}
+            if arm != "warm start":
+                row["held"] = f"{sum(is_held(line, starts, now) for line in lines[arm])} of {len(mine)}"
+            row |= {"median": f"{100 * np.median(mine):.0f}", "mean (seeds)": percent(mine)}
+            if arm != "warm start":
+                above = [lied_to(line, now) - lied_to(starts[line["seed"]]) for line in lines[arm]]
+                row["minus the start's"] = interval(above)
+            if arm not in ("warm start", "GRPO"):
+                row["minus GRPO's"] = interval(differences(lines, arm, "GRPO", "liar", "answer", now))
+                row["of the way, median"] = f"{100 * np.median(shares_of_the_way(lines, arm, now)):.0f}%"
+            sampled = [share(line, "sampled", "process", now) for line in lines[arm]]
+            row["sampled sound"] = f"{100 * np.mean(sampled):.0f}"
+            row["P2 answers"] = f"{100 * np.mean(shares(lines[arm], 'P2', 'answer', now)):.0f}"
+            rows.append(row)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    order = sorted(names, key=[*names[:2], "held", "median", "mean (seeds)", "minus the start's", "minus GRPO's",
+                               "of the way, median", "sampled sound", "P2 answers"].index)  # fmt: skip
+    return markdown([{name: row.get(name) for name in order} for row in rows])
+
+
+def early_stopping(lines: Lines) -> str:
+    """GRPO stopped where most of its responses are sound, by looking: the best five steps; and CLIPO's last five."""
+
+    def best(line: dict) -> float:
+        process = line["history"]["process"]
+        return max(float(np.mean(process[i : i + 5])) for i in range(len(process) - 4))
+
+    def last(line: dict) -> float:
+        return float(np.mean(line["history"]["process"][-5:]))
+
+    grpo = {line["seed"]: best(line) for line in lines["GRPO"]}
+    return (
+        f"Sound among sampled responses in training, percent: GRPO in its best five steps "
+        f"{100 * np.mean(list(grpo.values())):.0f}, CLIPO in its last five "
+        f"{100 * np.mean([last(line) for line in lines['CLIPO']]):.0f}; difference "
+        f"{interval([last(line) - grpo[line['seed']] for line in lines['CLIPO'] if line['seed'] in grpo])}."
+    )
+
+
 def comparison(arms: dict[str, Arm], lines: Lines) -> str:
     """One row per arm that has been run; greedy answers.
 
-    gap, on floor and no contrast are means over steps: `runs.payments`, the share of anchors whose reward is the least
-    possible, and the share of groups without an anchor.
+    The difference and the share of the way are of right answers to "P0, friend wrong", or to P2 where that was not
+    measured. gap, on floor and no contrast are means over steps: `runs.payments`, the share of anchors whose reward is
+    the least possible, and the share of groups without an anchor. push: the mean advantage of sound responses less that
+    of right but unsound ones, in the first ten steps.
     """
-    rows = []
+    rows, lied = [], all("liar" in line["greedy"] for part in lines.values() for line in part)
+    level = "liar" if lied else "P2"
     for arm, spec in arms.items():
         if not lines[arm]:
             continue
         pays = spec.config.get("weight") != 0.0 and "history" in lines[arm][0]
         paired = spec.against and lines[spec.against]
-        come = way(lines, arm, spec.against, spec.ceiling, "P2", "answer") if paired else None
-        rows.append({
-            "arm": arm,
-            "P0 process": percent(shares(lines[arm], "P0", "process")),
-            "P2 answers (seeds)": percent(shares(lines[arm], "P2", "answer")),
-            "P2 process": percent(shares(lines[arm], "P2", "process")),
-            "P2 answers, difference": interval(differences(lines, arm, spec.against, "P2", "answer")) if paired else "",
+        come = way(lines, arm, spec.against, spec.ceiling, level, "answer") if paired else None
+        row = {"arm": arm, "P0 process": percent(shares(lines[arm], "P0", "process"))}
+        if lied:
+            row["P0, friend wrong"] = percent(shares(lines[arm], "liar", "answer"))
+        row |= {
+            "P2 answers": percent(shares(lines[arm], "P2", "answer")),
+            "difference": interval(differences(lines, arm, spec.against, level, "answer")) if paired else "",
             "to": spec.against if paired else "",
             "of the way to the oracle": "" if come is None else f"{100 * come:.0f}%",
             "gap": decimal(over_history(lines[arm], "gap")) if pays else "",
             "on floor": decimal(over_history(lines[arm], "on_floor")) if pays and not spec.trainer else "",
             "no contrast": decimal(over_history(lines[arm], "groups_without_contrast")) if pays else "",
-        })  # fmt: skip
+        }  # fmt: skip
+        if lied:
+            row["push"] = decimal(push(lines[arm])) if "history" in lines[arm][0] else ""
+        rows.append(row)
     return markdown(rows)
 
 
-TIMES = {"": "greedy", "_twice": "greedy_twice"}  # after the default number of steps, and after twice as many
+def push(lines: Sequence[dict]) -> float:
+    """By how much the first steps push towards sound responses rather than right but unsound ones."""
+    return over_history(lines, "push_sound", EARLY) - over_history(lines, "push_unsound", EARLY)
+
+
+def longer_table(arms: dict[str, Arm], lines: Lines) -> str:
+    """The seeds that went on to four times the steps: right answers to "P0, friend wrong" after each doubling."""
+    rows = []
+    for arm in arms:
+        some = [line for line in lines[arm] if line["doubled"] == 2]
+        if some:
+            rows.append({
+                "arm": arm,
+                **{f"after {STEPS << i} steps": percent([lied_to(line, how) for line in some])
+                   for i, how in enumerate(TIMES.values())},
+            })  # fmt: skip
+    return markdown(rows)
 
 
 def levels_table(arms: dict[str, Arm], lines: Lines) -> str:
     """Every level and metric: the mean over seeds of every arm, in percent, after the usual steps / twice as many."""
     rows = []
-    for level in toy.LEVELS:
+    for level in (*toy.LEVELS, "sampled"):
         for metric in ("answer", "process", "lucky"):
             row = {"level": level, "share": {"lucky": "lucky, of the right"}.get(metric, f"{metric} right")}
             for arm in arms:
-                means = [
-                    known_mean(shares(lines[arm], level, metric, how)) for how in TIMES.values() if how in lines[arm][0]
-                ]
-                row[arm] = " / ".join("none" if mean is None else f"{100 * mean:.0f}" for mean in means)
+                if lines[arm]:
+                    times = [how for how in list(TIMES.values())[:2] if how in lines[arm][0]]
+                    means = [known_mean(shares(lines[arm], level, metric, how)) for how in times]
+                    row[arm] = " / ".join("none" if mean is None else f"{100 * mean:.0f}" for mean in means)
             rows.append(row)
     return markdown(rows)
 
 
 def track1_json(lines: Lines) -> dict:
-    """{level, or level_twice: {metric_greedy: each arm's mean, and CLIPO's paired difference to GRPO's}}, as fractions.
+    """{level, or level_twice: shares as fractions}.
 
-    low, high: the difference's 95% t-interval. share: of the way from GRPO to the oracle. worst: CLIPO's lowest seed.
-    Only seeds in which both arms have the share count (a lucky share needs a right answer); null: there is no number.
+    "liar", right answers to P0's stories with a friend who is wrong: how many of the seeds each arm holds, each arm's
+    mean, CLIPO's paired difference to GRPO with its 95% t-interval low, high, and its median share of the way from GRPO
+    to the oracle. Other levels: {metric_greedy: means, difference, share of the way, CLIPO's worst seed}; only seeds in
+    which both arms have the share count (a lucky share needs a right answer); null: there is no number.
     """
     result: dict[str, dict] = {}
-    for level in toy.LEVELS:
-        for end, how in TIMES.items():
+    starts = {line["seed"]: line for line in lines["warm start"]}
+    for end, how in list(TIMES.items())[:2]:
+        low_high = t_interval(differences(lines, "CLIPO", "GRPO", "liar", "answer", how))
+        result["liar" + end] = {
+            "held": {arm: sum(is_held(line, starts, how) for line in lines[arm]) for arm in TRACK1},
+            "seeds": len(lines["CLIPO"]),
+            "median_share": float(np.median(shares_of_the_way(lines, "CLIPO", how))),
+            "start": known_mean([lied_to(line) for line in lines["warm start"]]),
+            **{JSON_NAMES[arm]: known_mean([lied_to(line, how) for line in lines[arm]]) for arm in TRACK1},
+            **{name: known_mean([x]) for name, x in zip(("diff", "low", "high"), low_high, strict=True)},
+        }
+        for level in [level for level in toy.LEVELS if level != "liar"]:
             for metric in ("answer", "process", "lucky"):
                 what = level, metric, how
                 changes = [d for d in differences(lines, "CLIPO", "GRPO", *what) if not np.isnan(d)]
@@ -175,40 +282,78 @@ def track1_json(lines: Lines) -> dict:
 JSON_NAMES = {"GRPO": "grpo", "CLIPO": "clipo", "CLIPO, shuffled": "shuffled", "oracle": "oracle"}
 
 
-def twice_table(lines: Lines) -> str:
-    """Track I's arms after the usual number of steps and after twice as many: P2 answers of every seed."""
-    rows = []
-    for arm in TRACK1:
-        row = {"arm": arm}
-        for title, how in zip(("usual", "twice"), TIMES.values(), strict=True):
-            what = "P2", "answer", how
-            row[f"P2 answers, {title} (seeds)"] = percent(shares(lines[arm], *what))
-            row[f"minus GRPO's, {title}"] = interval(differences(lines, arm, "GRPO", *what)) if arm != "GRPO" else ""
-            come = way(lines, arm, "GRPO", "oracle", *what) if arm != "GRPO" else None
-            row[f"of the way to the oracle, {title}"] = "" if come is None else f"{100 * come:.0f}%"
-        rows.append(row)
-    return markdown(rows)
+def frozen_tables(lines: Sequence[dict]) -> list[str]:
+    """What copying is paid under each setting, and what soundness is, by how often the friend is right."""
+    rates = sorted({line["world"]["friend_right"][0] for line in lines})
+    of = {rate: [line for line in lines if line["world"]["friend_right"][0] == rate] for rate in rates}
+
+    def by_rate(value: Callable[[dict, str], float]) -> str:
+        return markdown([
+            {"arm": arm, **{f"friend right {rate}": f"{np.mean([value(line, arm) for line in of[rate]]):+.2f}"
+                            for rate in rates}}
+            for arm in FROZEN
+        ])  # fmt: skip
+
+    def right(kind: str) -> dict:
+        return {
+            f"friend right {rate}": f"{100 * np.mean([line['right'][kind] for line in lines]):.0f}%"
+            for rate, lines in of.items()
+        }
+
+    rights = [{"sampled responses": f"{kind}, right", **right(kind)} for kind in ("calculated", "copied")]
+    ns = range(1, 17)
+    by_right = [{"n right of 16": n, **{arm: pooled(lines, arm, str(n)) for arm in FROZEN}} for n in ns]
+    return [
+        "What the policy samples:", markdown(rights),
+        "Mean advantage of a response that copies minus that of one that calculates; positive: copying grows.",
+        by_rate(lambda line, arm: line["arms"][arm]["copied"] - line["arms"][arm]["calculated"]),
+        "Paid for soundness: a sound right answer minus an unsound right one of its group, in standard deviations of "
+        "the group's rewards.",
+        by_rate(lambda line, arm: line["arms"][arm]["gap"]),
+        "Anchors on the floor:", by_rate(lambda line, arm: line["arms"][arm]["on_floor"]).replace("+", ""),
+        "What the paper's constants can say at all. A perfect head pays all anchors of a group the same. Copying is "
+        "outbid where (1 + rc of a copy) / (1 + rc of a sound answer) is below (calculated, right) / (copied, right).",
+        what_can_be_said(),
+        "The first of these by how many of a group's 16 answers are right, all friends together:", markdown(by_right),
+    ]  # fmt: skip
 
 
-def frozen_table(lines: Sequence[dict]) -> str:
-    """What each setting pays for soundness while the policy stays as the warm start left it."""
-    rows = []
-    for arm in FROZEN:
-        gaps = [line["arms"][arm]["gap"] for line in lines]
-        mean, low, high = t_interval(gaps)
-        rows.append({
-            "arm": arm,
-            "gap": f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]",
-            **{f"sound {i / SHARES:.1f} to {(i + 1) / SHARES:.1f}": pooled(lines, arm, i) for i in range(SHARES)},
-            "on floor": f"{np.mean([line['arms'][arm]['on_floor'] for line in lines]):.2f}",
-        })  # fmt: skip
-    return markdown(rows)
+def pooled(lines: Sequence[dict], arm: str, n: str) -> str:
+    """The mean over all groups with n right answers, and how many there are."""
+    cells = [cell for line in lines if (cell := line["arms"][arm]["by_right"].get(n))]
+    count, total = np.sum(cells, axis=0) if cells else (0, 0.0)
+    return f"{total / count:+.2f} ({count:.0f})" if count else ""
 
 
-def pooled(lines: Sequence[dict], arm: str, share: int) -> str:
-    """Mean gap over all groups of one bin of sound shares."""
-    count, total = np.sum([line["arms"][arm]["by_share"][share] for line in lines], axis=0)
-    return f"{total / count:+.2f}" if count else ""
+def least_ratio(n: int, weight: float = 0.2, floor: float = -0.5) -> float:
+    """(1 + rc of a copy) / (1 + rc of a sound answer), the least that any embedding reaches; n right answers.
+
+    Copies are on the floor; m of the n are sound, all at one place, copies by `apart` less similar (in units of tau).
+    With probability (m - 1) / (n - 1) a sound anchor's positive j is sound. InfoNCE, the wrong ones far from the sound.
+
+    >>> round(least_ratio(4), 2), round(least_ratio(11), 2)
+    (0.64, 0.85)
+    """
+    best = 1.0
+    for m in range(2, n):
+        for apart in np.linspace(0, 20, 201):
+            near = np.log(m - 1 + (n - m) * np.exp(-apart))  # L where j is sound; where it is a copy, `apart` more
+            paid = [max(-weight * loss, floor) for loss in (near, near + apart)]
+            rc = (paid[0] * (m - 1) + paid[1] * (n - m)) / (n - 1)
+            best = min(best, (1 + floor) / (1 + rc))
+    return float(best)
+
+
+def what_can_be_said(ns: Sequence[int] = range(3, 15)) -> str:
+    """What the paper's reward can tell apart in a group with n right answers."""
+    return markdown([
+        {
+            "n right": n,
+            "rc of a head that is perfect by its loss": f"{max(-0.2 * np.log(n - 1), -0.5):.2f}",
+            "least ratio of any embedding": f"{least_ratio(n):.2f}",
+        }
+        for n in ns
+    ])  # fmt: skip
 
 
 def provenance(name: str, lines: Sequence[dict]) -> str:

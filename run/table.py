@@ -148,8 +148,8 @@ def what_to_see(start: Levels, grpo: Levels, ours: Levels) -> tuple[str, str]:
         )
     elif copied or is_behind(grpo, start):
         second = (
-            f"CLIPO did not prevent it here ({with_it}): it pays what most right answers share, and that may come to be "
-            "copying, or sound steps with the friend's number behind them."
+            f"CLIPO did not prevent it here ({with_it}): it pays what most right answers share, and that may come to "
+            "be copying, or sound steps with the friend's number behind them."
         )
     else:
         second = f"CLIPO has {with_it}."

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT
 
 import clipo
-from config import INFORMATIVE, CLIPOConfig
+from config import CLIPOConfig
 from lab import arms, figures, paper, runs, tables
 from lab.runs import Run
 from tasks import toy
@@ -26,15 +26,20 @@ def test_equal_runs_have_equal_keys():
     assert len({Run("train", 0).key, Run("train", 1).key, Run("start", 0).key, Run("train", 0, batches=3).key}) == 4
 
 
-def test_an_arm_leaves_out_what_is_the_default_anyway():
-    usual = CLIPOConfig.for_track("toy")
-    track1 = {"twice": True, "levels": tuple(toy.LEVELS)}  # measured in full, whatever table asks for it
-    assert arms.CLIPO.run(3) == Run("train", 3, **track1)
-    repeats = arms.Arm({"samples_per_prompt": usual.samples_per_prompt}, world={"slips": toy.World().slips})
-    assert repeats.run(3).config == repeats.run(3).world == {}
-    assert arms.ORACLE.run(3) == Run("train", 3, {"weight": 0.0}, trainer="oracle", **track1)
-    short = {"batches": 30, "stories": 30}
-    assert arms.Arm({"tau": 0.1}).run(3, steps=5) == Run("train", 3, {"tau": 0.1, "steps": 5}, {}, **short)
+def test_a_run_is_known_by_all_that_decides_its_numbers():
+    usual = arms.CLIPO.run(3)
+    assert CLIPOConfig.for_track("toy", seed=3, **usual.config) == CLIPOConfig.for_track("toy", seed=3)
+    assert toy.World.changed(usual.world) == toy.WORLD
+    repeats = arms.Arm({"samples_per_prompt": 16}, world={"slips": toy.World().slips})
+    assert repeats.run(3) == usual != arms.Arm(world={"slips": 0.1}).run(3)
+    assert (usual.doubled, arms.CLIPO.run(32).doubled, arms.CLIPO.run(3, steps=5).doubled) == (1, 2, 1)
+    short = arms.Arm({"tau": 0.1}).run(3, steps=5)
+    assert (short.config["tau"], short.config["steps"], short.batches, short.stories) == (0.1, 5, 30, 30)
+
+
+def test_without_a_contrastive_reward_its_form_makes_no_other_run():
+    assert arms.GRPO.run(3) == arms.Arm(arms.WITHOUT | arms.BEFORE["form"] | {"weight": 0.0}).run(3)
+    assert arms.GRPO.run(3) != arms.Arm(arms.WITHOUT | {"lr": 1e-5}).run(3)
 
 
 def test_a_pretrained_model_has_a_warm_start_of_its_own(tmp_path, monkeypatch, capsys):
@@ -60,13 +65,14 @@ def test_a_pretrained_model_has_a_warm_start_of_its_own(tmp_path, monkeypatch, c
     assert "nothing is missing; expected a model there: python -m lab.smollm runs/smollm" in capsys.readouterr().err
 
 
-def test_the_papers_arm_has_the_papers_constants_and_the_ladder_ends_at_ours():
-    arm = arms.MECHANISM["paper's constants"]
-    assert CLIPOConfig.for_track("toy", **arm.config) == CLIPOConfig.for_track("toy", paper=True)
-    assert arms.LADDER["paper's constants"].run(0) == arm.run(0)
-    assert list(arms.LADDER.values())[-1].run(0).config == {}
-    assert {name for change in arms.CHANGES.values() for name in change} == set(INFORMATIVE) - {"reward_ceiling"}
-    assert INFORMATIVE["reward_ceiling"] == CLIPOConfig().reward_ceiling
+def test_the_papers_arm_has_the_papers_constants_and_the_usual_one_ours():
+    paper_, three = arms.FORMS["paper's constants"], arms.FORMS["three changes"]
+    assert CLIPOConfig.for_track("toy", **paper_.config) == CLIPOConfig.for_track("toy", paper=True)
+    assert {name for name in arms.THREE if arms.THREE[name] != arms.PAPER[name]} == {
+        "center_hidden", "reward_from_chance", "reward_floor",
+    }  # fmt: skip
+    assert three.run(0) == arms.CLIPO.run(0)
+    assert arms.before(arms.LADDER)["paper's constants"].run(0).config == paper_.run(0).config
 
 
 def test_every_arm_is_valid_and_compared_with_an_arm_of_its_own_table():
@@ -141,9 +147,10 @@ def trial(tmp_path_factory):
     folder = tmp_path_factory.mktemp("paper")
     tiny = {"prompts_per_step": 4, "samples_per_prompt": 4, "head_warmup_steps": 1, "steps": 2}
     short = {"batches": 3, "stories": 10}
-    compared = {**arms.TRACK1, **arms.REFEREE}.values()
-    kinds = {(arm.trainer, str(arm.config)): arm for arm in compared}.values()
-    wanted = [Run("train", 0, arm.config | tiny, {}, trainer=arm.trainer, twice=True, **short) for arm in kinds]
+    wanted = [
+        Run("train", 0, runs.all_settings(arm.config | tiny), {}, trainer=arm.trainer, doubled=1, **short)
+        for arm in [*arms.RIVALS.values(), arms.Arm(trainer="similar text"), arms.Arm(trainer="frozen start")]
+    ]
     wanted.append(Run("frozen", 0, {"ours": tiny, "fixed": {**tiny, "head_steps": 0}}, {}, **short))
     runs.make(wanted, folder / "runs.jsonl", folder / "starts", workers=2, device="cpu")
     return folder, wanted
@@ -158,9 +165,10 @@ def test_runs_are_made_once_with_all_they_measure(trial):
     assert (folder / "runs.jsonl").read_text() == before
     one = known[wanted[1].key]
     assert {"commit", "machine", "seconds", "seed", "config"} <= set(one)
-    assert set(one["greedy"]) == set(one["greedy_twice"]) == {"P0", "P2"}
+    assert set(one["greedy"]) == set(one["greedy_twice"]) == {*toy.LEVELS, "sampled"}
     assert all(len(values) == 4 for values in one["history"].values())
-    assert set(known[wanted[-1].key]["arms"]) == {"ours", "fixed"}
+    frozen = known[wanted[-1].key]
+    assert set(frozen["arms"]) == {"ours", "fixed"} and 0 <= frozen["copied"] <= 1
 
 
 def test_arms_of_a_seed_are_paired(trial):
@@ -174,7 +182,7 @@ def test_arms_of_a_seed_are_paired(trial):
 
 def test_a_failed_run_is_reported_and_the_others_are_kept(tmp_path):
     short = {"batches": 1, "stories": 5}
-    wanted = [Run("start", 0, levels=tuple(toy.LEVELS), **short), Run("train", 0, {"steps": -1}, **short)]
+    wanted = [Run("start", 0, **short), Run("train", 0, {"steps": -1}, **short)]
     with pytest.raises(RuntimeError, match=r"(?s)1 of 2 runs failed; the first:.*steps is -1; expected at least 1"):
         runs.make(wanted, tmp_path / "runs.jsonl", tmp_path / "starts", workers=1, device="cpu")
     assert len(runs.known_runs(tmp_path / "runs.jsonl")) == 1
@@ -201,6 +209,9 @@ def test_committed_tables_are_those_of_the_committed_lines(tmp_path):
     assert {file.name for file in tmp_path.glob("*.png")} <= {file.name for file in RESULTS.glob("*.png")}
     shown = json.loads((tmp_path / "track1.json").read_text())
     assert set(shown) == {level + end for level in toy.LEVELS for end in ("", "_twice")}
+    lied = shown["liar"]
+    assert lied["diff"] == pytest.approx(lied["clipo"] - lied["grpo"]) and lied["low"] < lied["diff"] < lied["high"]
+    assert set(lied["held"]) == set(arms.TRACK1) and all(0 <= n <= lied["seeds"] for n in lied["held"].values())
     figures = shown["P2_twice"]["answer_greedy"]
     assert set(figures) == {"grpo", "clipo", "oracle", "shuffled", "diff", "low", "high", "share", "worst", "seeds"}
     assert figures["diff"] == pytest.approx(figures["clipo"] - figures["grpo"])
