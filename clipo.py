@@ -290,13 +290,17 @@ def infonce(z: Tensor, pairs: Pairs, tau: float = 0.05) -> Tensor:
     return torch.where(pairs.anchor, loss, 0.0)
 
 
-def contrastive_reward(loss: Tensor, pairs: Pairs, *, weight: float = 0.2, floor: float = -0.5) -> Tensor:
-    """rc_i = max(-weight L_i, floor) for anchors, 0 for all others: (P, G) -> (P, G). The loss is detached.
+def contrastive_reward(
+    loss: Tensor, pairs: Pairs, *, weight: float = 0.2, floor: float = -0.5, chance: Tensor | float = 0.0
+) -> Tensor:
+    """rc_i = max(weight (chance - L_i), floor) for anchors, 0 for all others: (P, G) -> (P, G). The loss is detached.
+
+    chance: the loss that is paid nothing. The paper's is 0, so that every anchor is paid less than nothing.
 
     >>> contrastive_reward(torch.tensor([[1.0, 4.0, 0.0]]), draw_pairs(torch.tensor([[True, True, False]])))
     tensor([[-0.2000, -0.5000,  0.0000]])
     """
-    return torch.where(pairs.anchor, (-weight * loss.detach()).clamp(min=floor), 0.0)
+    return torch.where(pairs.anchor, (weight * (chance - loss.detach())).clamp(min=floor), 0.0)
 
 
 # =====================================================================================================

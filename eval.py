@@ -161,7 +161,7 @@ def evaluate_model(settings: Evaluation, out: Path, device: torch.device, resume
         rows = begin(settings, out, resume)
         for benchmark in settings.data:
             try:
-                problems = load_benchmark(benchmark, settings.limit)
+                problems = load_benchmark(benchmark, settings.limit, settings.world)
             except UserError as mistake:
                 print(f"error: {mistake}", file=sys.stderr)
                 continue

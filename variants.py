@@ -186,8 +186,8 @@ def reward(loss: Tensor, pairs: Pairs, *, weight: float, floor: float, ceiling: 
     >>> reward(torch.zeros(1, 4), pairs, weight=1.0, floor=-0.5, ceiling=1.0, chance_of="decoupled")  # log 2 - 0
     tensor([[0.6931, 0.6931, 0.6931, 0.0000]])
     """
-    above_chance = chance_level(chance_of, pairs) - loss.detach()
-    return torch.where(pairs.anchor, (weight * above_chance).clamp(floor, ceiling), 0.0)
+    chance = chance_level(chance_of, pairs)
+    return clipo.contrastive_reward(loss, pairs, weight=weight, floor=floor, chance=chance).clamp(max=ceiling)
 
 
 def shuffle_within_groups(values: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:

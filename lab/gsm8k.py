@@ -87,7 +87,7 @@ def all_parts(given: argparse.Namespace) -> None:
     """Do what is not done yet. Raises KeyboardInterrupt where a part was stopped, UserError where it failed."""
     start, device = given.out / "start", run_models.device_from(given.device)
     for test in given.test:  # what is wrong there is said now, not after hours
-        load_benchmark(test, 1)
+        load_benchmark(test, 1, {})
     given.out.mkdir(parents=True, exist_ok=True)
     if not start.is_dir():
         training = run_warm_start.WarmStart(

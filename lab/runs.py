@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import train
 from clipo import ROLLOUT, Agreement, Scored, group_advantages
-from config import INFORMATIVE, CLIPOConfig
+from config import CLIPOConfig
 from engine.guard import Trainer
 from lab.provenance import ROOT, commit, processor
 from lab.referees import of_kind
@@ -46,19 +46,21 @@ SHARES = 5  # bins of the share of sound ones among a group's correct rollouts
 
 
 ONLY_SPEED = ("max_batch", "cuda_graphs", "micro_batch_tokens", "recompute_activations")
+CONTRASTIVE = (
+    "contrastive_kind", "contrastive_scope", "tau", "reward_floor", "reward_ceiling", "reward_from_chance",
+    "shuffle_contrast", "center_hidden", "d_embed", "head_mlp", "head_lr", "head_weight_decay", "head_steps",
+    "head_warmup_steps",
+)  # fmt: skip
 
 
 def all_settings(changes: dict) -> dict:
     """Every setting of a toy run that decides its numbers, but the seed: other defaults, another day, are other runs.
 
-    Without a contrastive reward its form decides nothing, and is told as the paper's: one run, whatever form is usual.
+    Without a contrastive reward those of the head and of the reward decide nothing, and are left out.
     """
     config = CLIPOConfig.for_track("toy", **changes)
-    if config.weight == 0:
-        config = CLIPOConfig.for_track(
-            "toy", paper=True, **{k: v for k, v in changes.items() if k not in INFORMATIVE}, weight=0.0
-        )
-    return {name: value for name, value in asdict(config).items() if name not in ("seed", *ONLY_SPEED)}
+    without = ("seed", *ONLY_SPEED, *(() if config.weight else CONTRASTIVE))
+    return {name: value for name, value in asdict(config).items() if name not in without}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from border import MOST_SEED, UserError, check_numbers, misfit
 from run import folder
 from tasks.data import BENCHMARKS, Problem, is_source, load_problems
-from tasks.toy import LEVELS, stories_to_test
+from tasks.toy import LEVELS, World, stories_to_test
 
 
 @dataclass
@@ -42,10 +42,10 @@ def track_of(benchmark: str) -> str:
     return "toy" if benchmark in TOY_LEVELS else "math" if benchmark in SECOND_TRACK else "gsm8k"
 
 
-def load_benchmark(benchmark: str, limit: int | None) -> list[Problem]:
-    """Its problems, or the first `limit` of them. Raises UserError."""
+def load_benchmark(benchmark: str, limit: int | None, world: dict) -> list[Problem]:
+    """Its problems, or the first `limit` of them; `world`: changes to the toy world. Raises UserError."""
     if benchmark in TOY_LEVELS:
-        return stories_to_test(benchmark.removeprefix("toy "), limit or 300)
+        return stories_to_test(benchmark.removeprefix("toy "), limit or 300, World.changed(world))
     return load_problems(benchmark)[:limit]
 
 
@@ -64,6 +64,7 @@ class Evaluation:
     lenient: bool
     save_rollouts: bool
     cuda_graphs: bool | None = None
+    world: dict = field(default_factory=dict)  # changes to tasks.toy.World: those of the run
 
     def decoding_for(self, benchmark: str) -> Decoding:
         return Decoding(**{**asdict(DECODING[self.track or track_of(benchmark)]), **self.chosen})
@@ -84,6 +85,11 @@ def settings_from(model: str, given: argparse.Namespace, device: torch.device) -
     if unknown := [d for d in data if d != "toy" and not is_source(d)]:
         names = ", ".join(("toy", *BENCHMARKS))
         raise UserError(f"--data names {unknown[0]!r}; expected some of: {names}, or a .parquet or .jsonl file")
+    world = (folder.read_settings(Path(model)) or {}).get("world", {})
+    try:
+        World.changed(world)
+    except ValueError as reason:
+        raise UserError(f"{model}/settings.json has no toy world ({reason}); expected what train.py wrote") from reason
     names = ("samples", "temperature", "top_p", "max_new_tokens")
     chosen = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     return Evaluation(
@@ -98,6 +104,7 @@ def settings_from(model: str, given: argparse.Namespace, device: torch.device) -
         lenient=given.lenient,
         save_rollouts=given.save_rollouts,
         cuda_graphs=given.cuda_graphs,
+        world=world,
     )
 
 

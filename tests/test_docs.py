@@ -27,8 +27,8 @@ def test_the_readme_is_short():
     assert len(README.read_text().split()) <= 1500
 
 
-def test_there_are_five_pages():
-    assert [page.stem for page in PAGES[1:]] == ["extend", "promises", "real-models", "results", "speed"]
+def test_there_are_six_pages():
+    assert [page.stem for page in PAGES[1:]] == ["extend", "promises", "real-models", "results", "speed", "worlds"]
 
 
 @pytest.mark.parametrize("page", [*PAGES, *FOR_CLASSES], ids=lambda page: f"{page.parent.name}/{page.name}")

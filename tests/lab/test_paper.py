@@ -38,7 +38,7 @@ def test_a_run_is_known_by_all_that_decides_its_numbers():
 
 
 def test_without_a_contrastive_reward_its_form_makes_no_other_run():
-    assert arms.GRPO.run(3) == arms.Arm(arms.WITHOUT | arms.BEFORE["form"] | {"weight": 0.0}).run(3)
+    assert arms.GRPO.run(3) == arms.Arm(arms.PAPER | arms.LONGER | arms.WITHOUT).run(3)
     assert arms.GRPO.run(3) != arms.Arm(arms.WITHOUT | {"lr": 1e-5}).run(3)
 
 
@@ -65,14 +65,15 @@ def test_a_pretrained_model_has_a_warm_start_of_its_own(tmp_path, monkeypatch, c
     assert "nothing is missing; expected a model there: python -m lab.smollm runs/smollm" in capsys.readouterr().err
 
 
-def test_the_papers_arm_has_the_papers_constants_and_the_usual_one_ours():
-    paper_, three = arms.FORMS["paper's constants"], arms.FORMS["three changes"]
-    assert CLIPOConfig.for_track("toy", **paper_.config) == CLIPOConfig.for_track("toy", paper=True)
+def test_the_papers_arm_has_the_papers_constants_and_the_ladder_ends_at_ours():
+    assert CLIPOConfig.for_track("toy", **arms.PAPER) == CLIPOConfig.for_track("toy", paper=True)
+    assert arms.LADDER["paper's constants"].run(0) == arms.FORMS["paper's constants"].run(0)
+    assert list(arms.LADDER.values())[-1].run(0) == arms.CLIPO.run(0)
+    assert {name for change in arms.CHANGES.values() for name in change} == set(INFORMATIVE) - {"reward_ceiling"}
+    assert INFORMATIVE["reward_ceiling"] == CLIPOConfig().reward_ceiling
     assert {name for name in arms.THREE if arms.THREE[name] != arms.PAPER[name]} == {
         "center_hidden", "reward_from_chance", "reward_floor",
     }  # fmt: skip
-    assert three.run(0) == arms.CLIPO.run(0)
-    assert arms.before(arms.LADDER)["paper's constants"].run(0).config == paper_.run(0).config
 
 
 def test_every_arm_is_valid_and_compared_with_an_arm_of_its_own_table():

@@ -123,14 +123,14 @@ def test_toy_run_from_end_to_end(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(folder, "--data", "toy", "--limit", 30, "--out", out, "--save-rollouts") == 0
     results = json.loads((out / "results.json").read_text())["results"]
-    assert list(results) == ["toy P0", "toy P1", "toy P2", "toy NoOp"]
+    assert list(results) == ["toy P0", "toy liar", "toy P1", "toy P2", "toy NoOp"]
     assert table_of_benchmarks(results) in capsys.readouterr().out
-    assert (out / "results.md").read_text().count("\n") == 6
+    assert (out / "results.md").read_text().count("\n") == 7
     rows = lines(out)
-    assert len(rows) == 4 * 30
+    assert len(rows) == 5 * 30
     for level in results:
         mine = [r for r in rows if r["benchmark"] == level]
-        stories = toy.stories(f"test {level.removeprefix('toy ')} 0", toy.LEVELS[level.removeprefix("toy ")], 30)
+        stories = toy.stories_to_test(level.removeprefix("toy "), 30)
         assert [r["question"] for r in mine] == [story.question for story in stories]
         texts = [r["texts"][0] for r in mine]
         right, sound = are_correct(texts, [s.answer for s in stories]), list(map(toy.is_sound, stories, texts))
@@ -138,6 +138,21 @@ def test_toy_run_from_end_to_end(folder, tmp_path, capsys):
         assert results[level]["pass@1"]["value"] == sum(right) / 30
         assert results[level]["process"]["value"] == sum(sound) / 30
     assert any(r["correct"][0] for r in rows) and not all(r["correct"][0] for r in rows)
+
+
+def test_a_run_is_asked_in_its_own_world(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "run")
+    settings = {"model": str(folder), "data": "toy", "config": {}, "world": {"friend_right": [0.5] * 5}}
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings))
+    options = ["--data", "toy", "--limit", 10, "--save-rollouts"]
+    assert run(tmp_path / "run", *options) == 0
+    there, usual = (toy.stories_to_test("P0", 10, toy.World(**dials)) for dials in ({"friend_right": (0.5,) * 5}, {}))
+    asked = [row["question"] for row in lines(tmp_path / "run" / "eval") if row["benchmark"] == "toy P0"]
+    assert asked == [story.question for story in there] != [story.question for story in usual]
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings | {"world": {"luck": 1}}))
+    capsys.readouterr()
+    assert run(tmp_path / "run", *options, "--out", tmp_path / "again") == 2
+    assert "settings.json has no toy world (luck is no dial; expected some of:" in capsys.readouterr().err
 
 
 def test_the_toy_figures_are_those_that_training_prints(folder, tmp_path):
@@ -156,12 +171,12 @@ def test_a_stopped_evaluation_goes_on_as_if_it_had_not_been(folder, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run(folder, *SAMPLED, "--out", whole) == 0
     rows = without_time(lines(whole))
-    assert len(rows) == 20 and len({tuple(r["texts"]) for r in rows}) == 20
-    for kept in (0, 1, 7, 20):  # nothing; within a chunk of two; in the second level; all
+    assert len(rows) == 25 and len({tuple(r["texts"]) for r in rows}) == 25
+    for kept in (0, 1, 7, 25):  # nothing; within a chunk of two; in the second level; all
         shutil.rmtree(cut, ignore_errors=True)
         shutil.copytree(whole, cut)
         text = (whole / "rollouts.jsonl").read_text().splitlines(keepends=True)
-        torn = text[kept][:30] if kept < 20 else ""
+        torn = text[kept][:30] if kept < 25 else ""
         (cut / "rollouts.jsonl").write_text("".join(text[:kept]) + torn)
         assert run(folder, *SAMPLED, "--out", cut, "--resume") == 0
         assert without_time(lines(cut)) == rows
@@ -221,7 +236,7 @@ def test_a_benchmark_that_cannot_be_loaded_gets_a_line_and_the_others_run(folder
     missing = tmp_path / "missing.jsonl"
     assert run(folder, "--data", missing, "toy", "--limit", 2, "--out", out) == 2
     assert capsys.readouterr().err.count(f"error: {missing} is no file") == 1
-    assert len(lines(out)) == 8
+    assert len(lines(out)) == 2 * len(toy.LEVELS)
 
 
 def test_every_benchmark_has_a_protocol():
