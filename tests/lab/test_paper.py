@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT
 
 import clipo
-from config import CLIPOConfig
+from config import INFORMATIVE, CLIPOConfig
 from lab import arms, figures, paper, runs, tables
 from lab.runs import Run
 from tasks import toy
