@@ -47,7 +47,7 @@ TRACKS: dict[str, dict] = {
         steps=60, prompts_per_step=8, mini_batch_prompts=8, max_prompt_tokens=128, max_new_tokens=24,
         lr=1e-4, lr_warmup_steps=5, beta=0.02, head_warmup_steps=4, micro_batch_tokens=2560,
         compute_dtype="float32",  # bfloat16 gains a fifth at this size, and not every CPU has it
-        seed=16,  # the first of those that docs/results.md reports
+        seed=32,  # the first of those that docs/results.md reports
     ),
 }  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Train a language model with CLIPO: GRPO and the contrastive reward.
 
     python train.py                                                    the toy world, GRPO and then CLIPO: minutes
-    python train.py --both --seed 17                                   the same from another warm start
+    python train.py --both --seed 33                                   the same from another warm start
     python train.py --weight 0                                         one run, without the contrastive reward: GRPO
     python train.py --paper                                            one run, with the paper's constants
     python train.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k    a real model (one GPU)

@@ -26,11 +26,14 @@ def measured() -> str:
     """What the result's slide says: paragraphs of slides.md, from results/track1.json."""
     if not TRACK1.exists():
         return "Not measured yet: `python -m lab.paper track1`"
-    p2 = json.loads(TRACK1.read_text(encoding="utf-8"))["P2"]["answer_greedy"]
-    arm = {name: f"{100 * p2[name]:.0f}%" for name in ("grpo", "clipo", "shuffled", "oracle")}
+    lied = json.loads(TRACK1.read_text(encoding="utf-8"))["liar"]
+    arm = {name: f"{100 * lied[name]:.0f}%" for name in ("start", "grpo", "clipo", "shuffled", "oracle")}
+    held = {name: f"{lied['held'][name]} of {lied['seeds']}" for name in ("GRPO", "CLIPO")}
     return (
-        f"Right answers to long stories (P2), mean of {p2['seeds']} seeds: GRPO {arm['grpo']}, CLIPO {arm['clipo']}. "
-        f"Difference {100 * p2['diff']:+.0f} points, 95% interval {100 * p2['low']:.0f} to {100 * p2['high']:.0f}.\n\n"
+        f"Right answers where the friend is wrong, mean of {lied['seeds']} seeds: before training {arm['start']}, GRPO "
+        f"{arm['grpo']}, CLIPO {arm['clipo']}. Difference {100 * lied['diff']:+.0f} points, 95% interval "
+        f"{100 * lied['low']:.0f} to {100 * lied['high']:.0f}. No worse than ten points below the start: GRPO from "
+        f"{held['GRPO']} starts, CLIPO from {held['CLIPO']}.\n\n"
         f"The same rewards, dealt out at random: {arm['shuffled']}. An oracle that sees every step: {arm['oracle']}."
     )
 

@@ -196,6 +196,15 @@ TAKEN_AWAY = ENDS | {
     "but not from chance": Arm({"reward_from_chance": False}),
     "but floor -0.5": Arm({"reward_floor": -0.5}),
 }
+HELPS = {  # at which friend does each begin to drift?
+    f"{name}, friend {rate}": Arm(config, None if name == "GRPO" else f"GRPO, friend {rate}", friend(rate), trainer,
+                                  ceiling=f"oracle, friend {rate}")
+    for rate in (0.6, 0.7, 0.8, 0.9)
+    for name, config, trainer in (
+        ("GRPO", WITHOUT, ""), ("paper's constants", PAPER, ""), ("paper's, shuffled", PAPER | SHUFFLED, ""),
+        ("three changes", THREE, ""), ("CLIPO", {}, ""), ("oracle", WITHOUT, "oracle"),
+    )
+}  # fmt: skip
 KNOWN = (*TRACK1, "paper's constants")  # have a look of their own in figures
 FROZEN = {"GRPO": WITHOUT, "paper's constants": PAPER, "three changes": THREE, "nine changes": {}}
 FROZEN_RATES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.99)

@@ -147,12 +147,14 @@ def counts_table(arms: dict[str, Arm], lines: Lines) -> str:
                 row["minus GRPO's"] = interval(differences(lines, arm, "GRPO", "liar", "answer", now))
                 row["of the way, median"] = f"{100 * np.median(shares_of_the_way(lines, arm, now)):.0f}%"
             sampled = [share(line, "sampled", "process", now) for line in lines[arm]]
+            if "patched" in lines[arm][0][now]["liar"]:
+                row["patched"] = f"{100 * np.mean(shares(lines[arm], 'liar', 'patched', now)):.0f}"
             row["sampled sound"] = f"{100 * np.mean(sampled):.0f}"
             row["P2 answers"] = f"{100 * np.mean(shares(lines[arm], 'P2', 'answer', now)):.0f}"
             rows.append(row)
     names = list(dict.fromkeys(name for row in rows for name in row))
     order = sorted(names, key=[*names[:2], "held", "median", "mean (seeds)", "minus the start's", "minus GRPO's",
-                               "of the way, median", "sampled sound", "P2 answers"].index)  # fmt: skip
+                               "of the way, median", "patched", "sampled sound", "P2 answers"].index)  # fmt: skip
     return markdown([{name: row.get(name) for name in order} for row in rows])
 
 

@@ -17,7 +17,7 @@ from run.intervals import wilson
 from run.models import load_model
 from tasks.data import prompt_ids
 from tasks.grading import are_correct
-from tasks.toy import LEVELS, TRAINING_LEVEL, WORLD, World, is_sound, longest_response, stories_to_test
+from tasks.toy import LEVELS, TRAINING_LEVEL, WORLD, World, is_patched, is_sound, longest_response, stories_to_test
 
 Levels = dict[str, dict[str, tuple[int, int]]]  # {level: {metric: (successes, trials)}}
 ROWS = {  # of the table: level -> its title, and what it says
@@ -43,7 +43,7 @@ def measure_levels(
     """Answers on `count` fixed stories of each level: {level: {metric: (successes, trials)}}.
 
     Metrics: "answer" right; "process" right, which is `is_sound`; "lucky", the right answers whose process is not, out
-    of all right ones.
+    of all right ones; "patched", which is `is_patched`.
     """
     generator = torch.Generator().manual_seed(seed)
     results = {}
@@ -62,8 +62,10 @@ def measure_levels(
         texts = tokenizer.batch_decode(rollouts.tokens[:, 0].cpu(), skip_special_tokens=True)
         right = are_correct(texts, [story.answer for story in test])
         sound = [is_sound(story, text) for text, story in zip(texts, test, strict=True)]
+        patched = sum(is_patched(story, text) for text, story in zip(texts, test, strict=True))
         lucky = sum(r and not s for r, s in zip(right, sound, strict=True))
-        results[name] = {"answer": (sum(right), count), "process": (sum(sound), count), "lucky": (lucky, sum(right))}
+        counts = {"answer": (sum(right), count), "process": (sum(sound), count), "lucky": (lucky, sum(right))}
+        results[name] = counts | {"patched": (patched, count)}
     return results
 
 

@@ -216,6 +216,18 @@ def is_sound(story: Story, response: str) -> bool:
     return first_bad_step(story, response) is None
 
 
+def is_patched(story: Story, response: str) -> bool:
+    """Are the steps sound, and behind them stands the friend's number, which is not what they come to?
+
+    >>> story = Story("", "5", start=3, steps=(("+", 4), ("-", 2)), friend=9)
+    >>> is_patched(story, "3 + 4 = 7 . 7 - 2 = 5 . #### 9"), is_patched(story, "3 + 4 = 7 . #### 9")
+    (True, False)
+    """
+    steps = response.split("####")[0]
+    patched = response[len(steps) :].split() == ["####", str(story.friend)] and story.friend != int(story.answer)
+    return patched and first_bad_step(story, response) == (len(steps), len(response))
+
+
 # ----------------------------------------------------------------------------------------------------
 # Demonstrations for the warm start
 # ----------------------------------------------------------------------------------------------------

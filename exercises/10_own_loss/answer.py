@@ -5,7 +5,7 @@ similarities of +-200 and in groups without an anchor, not look at the anchor it
 its chance level, from which the reward can be measured. One of the five passes too: begin with it, then change it.
 
 Then: how much more does yours pay sound right answers than unsound ones? And does that matter? In training on the toy
-world three of the five ended alike, on one seed, and two lower (docs/results.md, contrastive losses; hint 7).
+world three of the five ended alike, on one seed, and two lower (docs/worlds.md, contrastive losses; hint 7).
 
 Check it with: python -m pytest exercises/10_own_loss      See it with: python -m exercises.plots 10
 """

@@ -36,20 +36,15 @@ def test_a_figure_is_in_the_file_or_is_named(written):
 def test_the_numbers_are_those_of_track1(tmp_path, monkeypatch):
     monkeypatch.setattr(deck, "TRACK1", tmp_path / "track1.json")
     assert "Not measured yet" in deck.measured()
-    p2 = {
-        "grpo": 0.231,
-        "clipo": 0.716,
-        "shuffled": 0.24,
-        "oracle": 0.75,
-        "diff": 0.485,
-        "low": 0.4,
-        "high": 0.57,
-        "seeds": 3,
-    }
-    deck.TRACK1.write_text(json.dumps({"P2": {"answer_greedy": p2}}))
+    lied = {"start": 0.78, "grpo": 0.011, "clipo": 0.816, "shuffled": 0.02, "oracle": 0.85, "diff": 0.805}
+    lied |= {"low": 0.7, "high": 0.91, "seeds": 3, "held": {"GRPO": 0, "CLIPO": 3}}
+    deck.TRACK1.write_text(json.dumps({"liar": lied}))
     said = deck.measured()
-    assert "mean of 3 seeds: GRPO 23%, CLIPO 72%. Difference +48 points, 95% interval 40 to 57." in said
-    assert "dealt out at random: 24%. An oracle that sees every step: 75%." in said
+    assert "mean of 3 seeds: before training 78%, GRPO 1%, CLIPO 82%." in said
+    assert (
+        "Difference +80 points, 95% interval 70 to 91." in said and "GRPO from 0 of 3 starts, CLIPO from 3 of 3" in said
+    )
+    assert "dealt out at random: 2%. An oracle that sees every step: 85%." in said
 
 
 def test_a_mistake_gets_one_line(tmp_path, capsys):

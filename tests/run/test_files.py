@@ -104,14 +104,14 @@ def test_a_run_that_was_written_into_its_start_is_not_resumed(run, capsys):
 
 
 def test_a_warm_starts_folder_is_no_place_for_a_run(tmp_path, capsys):
-    out = tmp_path / "warm-start-tiny-seed16-3"
+    out = tmp_path / "warm-start-tiny-seed32-3"
     assert "name of a warm start" in error(capsys, train, *TINY_RUN, "--steps", "1", "--out", out)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
 def test_a_start_that_has_changed_is_named_and_refused(run, capsys, name):
-    start = run.parent / "warm-start-tiny-seed16-3"
+    start = run.parent / "warm-start-tiny-seed32-3"
     content = (start / name).read_bytes()
     (start / name).write_bytes(content + b" ")
     said = error(capsys, train, *resume(run, "--steps", "3"))
@@ -157,10 +157,10 @@ def test_runs_may_be_moved(run, tmp_path, capsys):
     settings = json.loads((run / "settings.json").read_text())
     run.parent.rename(moved)
     assert train.main(list(map(str, resume(moved / "run", "--steps", "3")))) == 0
-    assert run_folder.read_settings(moved / "run")["model"] == str(moved / "warm-start-tiny-seed16-3")
+    assert run_folder.read_settings(moved / "run")["model"] == str(moved / "warm-start-tiny-seed32-3")
     del settings["checksums"]  # as older versions wrote it
     (moved / "run" / "settings.json").write_text(json.dumps(settings))
-    assert run_folder.read_settings(moved / "run")["model"] == str(moved / "warm-start-tiny-seed16-3")
+    assert run_folder.read_settings(moved / "run")["model"] == str(moved / "warm-start-tiny-seed32-3")
     (moved / "run" / "settings.json").write_text(json.dumps({**settings, "model": "/gone/run"}))
     assert run_folder.read_settings(moved / "run")["model"] == "/gone/run"  # nobody knows whether it is that one
 

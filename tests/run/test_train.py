@@ -349,7 +349,7 @@ def test_a_folder_with_a_run_is_not_overwritten_and_other_settings_are_refused(t
     assert train.main([*TINY_RUN, "--out", str(out)]) == 2
     assert f"already holds a run; go on with --resume --out {out}" in capsys.readouterr().err
     assert train.main(["--resume", "--out", str(out), "--weight", "0", "--seed", "3"]) == 2
-    assert "--weight was 1.0, given 0.0, --seed was 16, given 3" in capsys.readouterr().err
+    assert "--weight was 1.0, given 0.0, --seed was 32, given 3" in capsys.readouterr().err
     assert (out / "metrics.jsonl").read_bytes() == before
 
 

@@ -149,4 +149,4 @@ def test_evaluation_counts(monkeypatch):
     for name, metrics in run_table.measure_levels(SimpleNamespace(generation_config=None), tokenizer, count=50).items():
         test = stories_to_test(name, 50)
         right = sum(s.friend == int(s.answer) for s in test)
-        assert metrics == {"answer": (right, 50), "process": (0, 50), "lucky": (right, right)}
+        assert metrics == {"answer": (right, 50), "process": (0, 50), "lucky": (right, right), "patched": (0, 50)}
