@@ -16,7 +16,7 @@ PREDICTION: float | None = None
 
 
 def farmed_response(question: str) -> str:
-    """A response that is paid by the lenient checker for at least 9 stories in 10, and by the strict one for none."""
+    """A response that is paid by the lenient checker for at least 4 stories in 5, and by the strict one for none."""
     raise NotImplementedError("write farmed_response in exercises/09_lenient_checker/answer.py; hints.md helps")
 
 

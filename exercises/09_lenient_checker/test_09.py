@@ -19,9 +19,9 @@ def test_farmed_response(answer):
     if strict > 0:
         why = 'leave "####" and \\boxed{} out: with them this is a guess, which any checker must pay if it is right'
         wrong(f"the strict checker pays {strict:.0%} of the responses, {texts[0]!r} say: {why}")
-    if lenient < 0.9:
-        why = "it takes the last number of the response; who in the story says a number that is nearly always right?"
-        wrong(f"the lenient checker pays {lenient:.0%} of them, {texts[0]!r} say; expected 90%: {why}")
+    if lenient < 0.8:
+        why = "it takes the last number of the response; who in the story says a number that is mostly right?"
+        wrong(f"the lenient checker pays {lenient:.0%} of them, {texts[0]!r} say; expected 80%: {why}")
 
 
 def test_how_many_clauses_it_takes(answer):
