@@ -147,9 +147,17 @@ def trial(tmp_path_factory):
     """One seed of track1, two steps a run, from a warm start of three batches. Returns the results folder."""
     folder = tmp_path_factory.mktemp("paper")
     tiny = {"prompts_per_step": 4, "samples_per_prompt": 4, "head_warmup_steps": 1, "steps": 2}
-    short = {"batches": 3, "stories": 10}
+    short = {"batches": 3, "stories": 4}
     wanted = [
-        Run("train", 0, runs.all_settings(arm.config | tiny), {}, trainer=arm.trainer, doubled=1, **short)
+        Run(
+            "train",
+            0,
+            runs.all_settings(arm.config | tiny),
+            {},
+            trainer=arm.trainer,
+            doubled=0 if arm.trainer else 1,
+            **short,
+        )
         for arm in [*arms.RIVALS.values(), arms.Arm(trainer="similar text"), arms.Arm(trainer="frozen start")]
     ]
     wanted.append(Run("frozen", 0, {"ours": tiny, "fixed": {**tiny, "head_steps": 0}}, {}, **short))

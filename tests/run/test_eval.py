@@ -164,7 +164,10 @@ def test_the_toy_figures_are_those_that_training_prints(folder, tmp_path):
             assert results[f"toy {level}"][name]["value"] == counts[metric][0] / counts[metric][1]
 
 
-SAMPLED = ("--data", "toy", "--limit", 5, "--samples", 3, "--temperature", 1, "--max-batch", 2, "--save-rollouts")
+SAMPLED = (
+    "--data", "toy", "--limit", 5, "--samples", 3, "--temperature", 1, "--max-batch", 2, "--max-new-tokens", 20,
+    "--save-rollouts",
+)  # fmt: skip
 
 
 def test_a_stopped_evaluation_goes_on_as_if_it_had_not_been(folder, tmp_path):

@@ -32,11 +32,14 @@ def without(script, *arguments):
 
 def test_a_toy_run_and_its_resumption(tmp_path):
     """Saved, evaluated, gone on with: by train.py's own lines."""
-    script = "import train\nraise SystemExit(train.main(sys.argv[1:]))"
+    script = """
+        import train
+        where, resumed = sys.argv[1:3], ["--resume", "--steps", "3", "--test-stories", "5"]
+        raise SystemExit(train.main([*sys.argv[3:], *where]) or train.main([*resumed, *where]))
+    """
     out = tmp_path / "runs" / "toy"
-    for options in ([*TINY_RUN, "--steps", 2], ["--resume", "--steps", 3]):
-        done = without(script, *options, "--out", out)
-        assert done.returncode == 0, done.stderr
+    done = without(script, "--out", out, *TINY_RUN, "--steps", 2)
+    assert done.returncode == 0, done.stderr
     assert [folder.name for folder in run_folder.checkpoints(out)][-1] == "step-000003"
 
 
