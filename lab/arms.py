@@ -26,11 +26,9 @@ class Arm:
         config = all_settings(self.config | ({"steps": steps} if steps else {}))
         world = asdict(toy.World.changed(self.world))
         short = {"batches": 30, "stories": 30} if steps else SHORTER.get(self.size, {})
-        doubled = 0 if self.size in SHORTER else self.doubled and self.doubled + (seed in LONG)
+        doubled = 0 if self.size in SHORTER else self.doubled
         return Run("train", seed, config, world, trainer=self.trainer, doubled=doubled, size=self.size, **short)
 
-
-LONG = range(32, 36)  # seeds of which each arm goes on to twice the steps once more
 
 PAPER = {f.name: f.default for f in fields(CLIPOConfig) if f.name in INFORMATIVE}  # the paper's constants
 SHUFFLED = {"shuffle_contrast": True}

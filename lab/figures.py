@@ -73,15 +73,12 @@ def track1_figure(lines: Lines, file: Path) -> None:
     figure, (dots, curves) = plot().subplots(1, 2, figsize=(13, 4.8), layout="constrained")
     steps = CLIPOConfig.for_track("toy").steps
     for place, arm in enumerate(TRACK1):
-        for end, (how, fill) in enumerate(zip(list(TIMES.values())[:2], ("full", "none"), strict=True)):
+        for end, (how, fill) in enumerate(zip(TIMES.values(), ("full", "none"), strict=True)):
             values, row = [lied_to(line, how) for line in lines[arm]], place + 0.45 * end
             look = {"marker": LOOKS[arm]["marker"], "color": LOOKS[arm]["color"], "fillstyle": fill}
             dots.plot(values, np.array(beside(values, 0.012, 0.045)) + row, linestyle="", markersize=4.5, **look)
             dots.plot(np.median(values), row, "|", color="black", markersize=20)
-        usual = [
-            {**line, "history": {"process": line["history"]["process"][: 2 * steps]}} for line in lines[arm]
-        ]  # (some seeds went on)
-        curves.plot(*curve(usual, "process"), **line_of(arm))
+        curves.plot(*curve(lines[arm], "process"), **line_of(arm))
     start = np.median([lied_to(line) for line in lines["warm start"]])
     dots.axvline(start, color="0.4", linewidth=0.8, linestyle=":")
     title = (

@@ -41,7 +41,6 @@ from lab.tables import (
     early_stopping,
     frozen_tables,
     levels_table,
-    longer_table,
     provenance,
     track1_json,
 )
@@ -126,7 +125,7 @@ def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps:
         parts.append(f"Not complete yet: {', '.join(missing)}.")
     if name in ("track1", "rivals") and not missing:
         parts += ['Right answers to "P0, friend wrong"; held: no more than ten points below the start.']
-        parts += [counts_table(arms, lines), longer_table(arms, lines)]
+        parts.append(counts_table(arms, lines))
     parts.append(comparison(arms, lines))
     if experiment.figure and all(lines.values()):
         experiment.figure(lines, out / f"{name}.png")

@@ -72,7 +72,7 @@ class Run:
     config: dict = field(default_factory=dict)  # `all_settings`; "start": none; "frozen": {arm: all_settings}
     world: dict = field(default_factory=dict)  # all dials of toy.World
     trainer: str = ""  # one of lab.referees.TRAINERS
-    doubled: int = 0  # so many times go on to twice the steps, and evaluate there too
+    doubled: int = 0  # 1: go on to twice the steps, and evaluate there too
     size: str = "tiny"  # of the model, one of toy.SIZES or PRETRAINED
     batches: int = 600  # of the warm start
     stories: int = 300  # of each level in an evaluation
@@ -195,7 +195,6 @@ def execute_train(run: Run, runs: Path, device: torch.device) -> dict:
         for name, options in (
             ("greedy", begin),
             ("greedy_twice", ["--resume", "--steps", 2 * steps]),
-            ("greedy_four_times", ["--resume", "--steps", 4 * steps]),
         )[: 1 + run.doubled]:
             quietly(train.main, [*options, *shared], task, trainer)
             found[name] = evaluation(run, *load_model(out, device), world)

@@ -105,7 +105,7 @@ def decimal(value: float) -> str:
 
 HELD = 0.10  # a start is held that loses no more of its right answers
 EARLY = slice(0, 10)  # the steps whose push is told: before there is much to copy, or to hold
-TIMES = {"": "greedy", "_twice": "greedy_twice", "_four_times": "greedy_four_times"}  # usual steps, twice as many, ...
+TIMES = {"": "greedy", "_twice": "greedy_twice"}  # after the usual number of steps, and after twice as many
 
 
 def lied_to(line: dict, how: str = "greedy") -> float:
@@ -130,7 +130,7 @@ def shares_of_the_way(lines: Lines, arm: str, how: str, against: str = "GRPO", c
 def counts_table(arms: dict[str, Arm], lines: Lines) -> str:
     """Arms by how many starts they hold, on "P0, friend wrong"; then what else is measured. In percent."""
     starts, rows = {line["seed"]: line for line in lines["warm start"]}, []
-    for end, how in list(TIMES.items())[:2]:
+    for end, how in TIMES.items():
         for arm in arms:
             now = "greedy" if arm == "warm start" else how
             if not lines[arm] or now not in lines[arm][0] or (arm == "warm start" and end):
@@ -216,20 +216,6 @@ def push(lines: Sequence[dict]) -> float:
     return over_history(lines, "push_sound", EARLY) - over_history(lines, "push_unsound", EARLY)
 
 
-def longer_table(arms: dict[str, Arm], lines: Lines) -> str:
-    """The seeds that went on to four times the steps: right answers to "P0, friend wrong" after each doubling."""
-    rows = []
-    for arm in arms:
-        some = [line for line in lines[arm] if line["doubled"] == 2]
-        if some:
-            rows.append({
-                "arm": arm,
-                **{f"after {STEPS << i} steps": percent([lied_to(line, how) for line in some])
-                   for i, how in enumerate(TIMES.values())},
-            })  # fmt: skip
-    return markdown(rows)
-
-
 def levels_table(arms: dict[str, Arm], lines: Lines) -> str:
     """Every level and metric: the mean over seeds of every arm, in percent, after the usual steps / twice as many."""
     rows = []
@@ -238,7 +224,7 @@ def levels_table(arms: dict[str, Arm], lines: Lines) -> str:
             row = {"level": level, "share": {"lucky": "lucky, of the right"}.get(metric, f"{metric} right")}
             for arm in arms:
                 if lines[arm]:
-                    times = [how for how in list(TIMES.values())[:2] if how in lines[arm][0]]
+                    times = [how for how in TIMES.values() if how in lines[arm][0]]
                     means = [known_mean(shares(lines[arm], level, metric, how)) for how in times]
                     row[arm] = " / ".join("none" if mean is None else f"{100 * mean:.0f}" for mean in means)
             rows.append(row)
@@ -255,7 +241,7 @@ def track1_json(lines: Lines) -> dict:
     """
     result: dict[str, dict] = {}
     starts = {line["seed"]: line for line in lines["warm start"]}
-    for end, how in list(TIMES.items())[:2]:
+    for end, how in TIMES.items():
         low_high = t_interval(differences(lines, "CLIPO", "GRPO", "liar", "answer", how))
         result["liar" + end] = {
             "held": {arm: sum(is_held(line, starts, how) for line in lines[arm]) for arm in TRACK1},
