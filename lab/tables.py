@@ -196,6 +196,8 @@ def comparison(arms: dict[str, Arm], lines: Lines) -> str:
         row = {"arm": arm, "P0 process": percent(shares(lines[arm], "P0", "process"))}
         if lied:
             row["P0, friend wrong"] = percent(shares(lines[arm], "liar", "answer"))
+            if all(line.get("doubled") for line in lines[arm]):
+                row[f"after {2 * STEPS} steps"] = percent(shares(lines[arm], "liar", "answer", "greedy_twice"))
         row |= {
             "P2 answers": percent(shares(lines[arm], "P2", "answer")),
             "difference": interval(differences(lines, arm, spec.against, level, "answer")) if paired else "",
@@ -208,7 +210,8 @@ def comparison(arms: dict[str, Arm], lines: Lines) -> str:
         if lied:
             row["push"] = decimal(push(lines[arm])) if "history" in lines[arm][0] else ""
         rows.append(row)
-    return markdown(rows)
+    widest = max(rows, key=len, default={})  # (the start has no second time)
+    return markdown([{name: row.get(name) for name in widest} for row in rows])
 
 
 def push(lines: Sequence[dict]) -> float:
