@@ -7,6 +7,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
 from conftest import CONFIGS, PROMPTS, ROOT, flat, make_model
@@ -170,18 +171,20 @@ sys.exit(status or 7 * torch.distributed.is_initialized())  # its threads may ab
 """
 
 
-def launch(processes, out, guesser, *more):
+def launch(count, out, guesser, *more):
+    """lab.trl_train, in one process or in several of accelerate's."""
     folder, data = guesser
-    program = ["-m", "lab.trl_train"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", processes]
-    if processes > 1:
-        command += ["--multi_gpu", "--main_process_port", 0]  # its way to start several, on CPUs too
-        program = [out.with_suffix(".py")]
-        program[0].write_text(NO_GROUP_LEFT)
-    command += [*program, "--model", folder, "--data", data, "--out", out, *SETTINGS]
-    command += [f"per_device_train_batch_size={24 // processes}", *more]
+    options = ["--model", folder, "--data", data, "--out", out, *SETTINGS, f"per_device_train_batch_size={24 // count}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environment)
+    if count == 1:
+        done = processes.run("-m", "lab.trl_train", *options, *more, cwd=ROOT, env=environment)
+    else:
+        program = out.with_suffix(".py")
+        program.write_text(NO_GROUP_LEFT)
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", count]
+        command += ["--multi_gpu", "--main_process_port", 0]  # its way to start several, on CPUs too
+        command = list(map(str, [*command, program, *options, *more]))
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 

@@ -39,7 +39,8 @@ ON_DATA = "--prompts-per-step 2 --samples-per-prompt 2 --max-new-tokens 4 --head
 def finished(tmp_path_factory):
     """A run of two steps, and its warm start beside it."""
     out = tmp_path_factory.mktemp("finished") / "runs" / "run"
-    assert train.main([*TINY_RUN, "--steps", "2", "--save-every", "1", "--out", str(out)]) == 0
+    options = [*TINY_RUN, "--steps", "2", "--save-every", "1", "--test-stories", "5"]
+    assert train.main([*options, "--out", str(out)]) == 0
     return out
 
 

@@ -33,7 +33,7 @@ from tasks import toy
 
 TINY_RUN = (
     "--warm-start-batches 3 --prompts-per-step 2 --samples-per-prompt 4 --max-new-tokens 8 --head-warmup-steps 1 "
-    "--lr-warmup-steps 1 --test-stories 5"
+    "--lr-warmup-steps 1 --test-stories 0"
 ).split()
 
 # ----------------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bits(tmp_path):
 
     def start(out, *more):
         begun = (out / "settings.json").exists()
-        command = ["--resume", "--test-stories", "5"] if begun else options
+        command = ["--resume", "--test-stories", "0"] if begun else options
         return processes.Command(ROOT / "train.py", *command, "--out", out, "--save-every", "1")
 
     whole, killed = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
@@ -217,7 +217,7 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bits(tmp_path):
 def finished(tmp_path_factory):
     """A run of two steps."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    assert train.main([*TINY_RUN, "--steps", "2", "--out", str(out)]) == 0
+    assert train.main([*TINY_RUN, "--steps", "2", "--test-stories", "5", "--out", str(out)]) == 0
     return out
 
 
@@ -332,7 +332,7 @@ def test_three_broken_steps_in_a_row_end_the_run_with_its_state_saved(tmp_path, 
     assert skipped == [None, None, "update", None, "update", "update", "update"]
     assert [f.name for f in run_folder.checkpoints(out)] == ["step-000007"]
     monkeypatch.undo()
-    assert train.main(["--resume", "--out", str(out), "--test-stories", "5"]) == 0
+    assert train.main(["--resume", "--out", str(out), "--test-stories", "0"]) == 0
     assert len(run_folder.read_lines(out / "metrics.jsonl")) == 9
 
 
@@ -490,7 +490,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(small_disk, finished, capsys):
     assert [f.name for f in run_folder.checkpoints(out)] == ["step-000001"]
     assert run_folder.newest_whole(out) is not None
     (small_disk / "filler").unlink()
-    resumed = ["--resume", "--out", str(out), "--steps", "3", "--save-every", "3", "--test-stories", "5"]
+    resumed = ["--resume", "--out", str(out), "--steps", "3", "--save-every", "3", "--test-stories", "0"]
     assert train.main(resumed) == 0
 
 

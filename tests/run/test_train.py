@@ -62,7 +62,8 @@ def toy_run(tmp_path_factory):
 
 
 def test_a_model_of_the_toy_world_has_no_second_warm_start(toy_run, tmp_path):
-    done = run("--model", toy_run[0], "--data", "toy", *TINY_RUN, "--steps", 1, "--out", tmp_path / "runs" / "on")
+    options = [*TINY_RUN, "--steps", 1, "--test-stories", 0]
+    done = run("--model", toy_run[0], "--data", "toy", *options, "--out", tmp_path / "runs" / "on")
     assert done.returncode == 0, done.stderr
     assert not list((tmp_path / "runs").glob("warm-start*"))
     assert json.loads((tmp_path / "runs" / "on" / "settings.json").read_text())["model"] == str(toy_run[0].resolve())
@@ -188,7 +189,7 @@ def test_the_sentences_say_what_the_table_shows(grpo, ours, first, second):
 def test_dapo_replaces_groups_and_logs_the_stories_that_were_answered(tmp_path):
     """This model is never right: every group is replaced twice, and the log has the last stories drawn."""
     dapo = ["--policy-loss", "dapo", "--resample-tries", 2, "--overlong-buffer", 4]
-    done = run(*TINY_RUN, *dapo, "--steps", 1, "--out", tmp_path / "dapo")
+    done = run(*TINY_RUN, *dapo, "--test-stories", 0, "--steps", 1, "--out", tmp_path / "dapo")
     assert done.returncode == 0, done.stderr
     (metrics,) = lines(tmp_path / "dapo" / "metrics.jsonl")
     assert metrics["accuracy"] == 0 and metrics["groups_resampled"] == 1
@@ -215,10 +216,10 @@ def test_the_saved_folder_opens_with_from_pretrained(toy_run):
 def test_a_resumed_run_is_the_same_to_the_bit(toy_run):
     whole, _ = toy_run
     parts = whole.parent / "parts"
-    assert run(*TINY_RUN, "--steps", 2, "--out", parts).returncode == 0
+    assert run(*TINY_RUN, "--steps", 2, "--test-stories", 0, "--out", parts).returncode == 0
     with (parts / "metrics.jsonl").open("a") as file:  # a step that was run but not saved
         file.write(json.dumps({"step": 3, "reward": 9}) + "\n" + '{"step": 4, "rew')  # and a line that a kill cut
-    again = run("--resume", "--out", parts, "--steps", 4, "--test-stories", 10)
+    again = run("--resume", "--out", parts, "--steps", 4, "--test-stories", 0)
     assert again.returncode == 0, again.stderr
     assert without_timings(lines(parts / "metrics.jsonl")) == without_timings(lines(whole / "metrics.jsonl"))
     assert lines(parts / "rollouts.jsonl") == lines(whole / "rollouts.jsonl")
@@ -241,7 +242,7 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, toy_run, numbe
     assert process.returncode == 130
     steps = len(lines(out / "metrics.jsonl"))
     assert f"saved after step {steps}; to go on: python train.py --resume --out {out}" in stdout
-    again = run("--resume", "--out", out, "--steps", steps + 1, "--test-stories", 10)
+    again = run("--resume", "--out", out, "--steps", steps + 1, "--test-stories", 0)
     assert again.returncode == 0, again.stderr
     assert len(lines(out / "metrics.jsonl")) == steps + 1
     assert json.loads((out / "settings.json").read_text())["command"].endswith(f"--out {out} --steps {steps + 1}")
