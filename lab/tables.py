@@ -114,7 +114,7 @@ def lied_to(line: dict, how: str = "greedy") -> float:
 
 
 def is_held(line: dict, starts: dict[int, dict], how: str) -> bool:
-    return lied_to(line, how) >= lied_to(starts[line["seed"]]) - HELD
+    return lied_to(line, how) - lied_to(starts[line["seed"]]) > -HELD - 1e-9  # (of shares that are rounded)
 
 
 def shares_of_the_way(lines: Lines, arm: str, how: str, against: str = "GRPO", ceiling: str = "oracle") -> list[float]:
@@ -127,35 +127,34 @@ def shares_of_the_way(lines: Lines, arm: str, how: str, against: str = "GRPO", c
     ]
 
 
+def counted(arm: str, lines: Lines, how: str) -> dict:
+    """A row: how many starts an arm holds, on "P0, friend wrong", and what else is measured of it. In percent."""
+    mine, starts = lines[arm], {line["seed"]: line for line in lines["warm start"]}
+    if arm == "warm start":
+        steps, how = 0, "greedy"
+    else:
+        steps = STEPS if how == "greedy" else 2 * STEPS
+    lied, compared = [lied_to(line, how) for line in mine], arm not in ("warm start", "GRPO")
+    above = [lied_to(line, how) - lied_to(starts[line["seed"]]) for line in mine]
+    return {
+        "arm": arm,
+        "steps": steps,
+        "held": f"{sum(is_held(line, starts, how) for line in mine)} of {len(mine)}" if steps else None,
+        "median": f"{100 * np.median(lied):.0f}",
+        "mean (seeds)": percent(lied),
+        "minus the start's": interval(above) if steps else None,
+        "minus GRPO's": interval(differences(lines, arm, "GRPO", "liar", "answer", how)) if compared else None,
+        "of the way, median": f"{100 * np.median(shares_of_the_way(lines, arm, how)):.0f}%" if compared else None,
+        "patched": f"{100 * np.mean(shares(mine, 'liar', 'patched', how)):.0f}",
+        "sampled sound": percent(shares(mine, "sampled", "process", how)),
+        "P2 answers": f"{100 * np.mean(shares(mine, 'P2', 'answer', how)):.0f}",
+    }
+
+
 def counts_table(arms: dict[str, Arm], lines: Lines) -> str:
-    """Arms by how many starts they hold, on "P0, friend wrong"; then what else is measured. In percent."""
-    starts, rows = {line["seed"]: line for line in lines["warm start"]}, []
-    for end, how in TIMES.items():
-        for arm in arms:
-            now = "greedy" if arm == "warm start" else how
-            if not lines[arm] or now not in lines[arm][0] or (arm == "warm start" and end):
-                continue
-            mine = [lied_to(line, now) for line in lines[arm]]
-            row = {"arm": arm, "steps": 0 if arm == "warm start" else STEPS << bool(end)}
-            if arm != "warm start":
-                row["held"] = f"{sum(is_held(line, starts, now) for line in lines[arm])} of {len(mine)}"
-            row |= {"median": f"{100 * np.median(mine):.0f}", "mean (seeds)": percent(mine)}
-            if arm != "warm start":
-                above = [lied_to(line, now) - lied_to(starts[line["seed"]]) for line in lines[arm]]
-                row["minus the start's"] = interval(above)
-            if arm not in ("warm start", "GRPO"):
-                row["minus GRPO's"] = interval(differences(lines, arm, "GRPO", "liar", "answer", now))
-                row["of the way, median"] = f"{100 * np.median(shares_of_the_way(lines, arm, now)):.0f}%"
-            sampled = [share(line, "sampled", "process", now) for line in lines[arm]]
-            if "patched" in lines[arm][0][now]["liar"]:
-                row["patched"] = f"{100 * np.mean(shares(lines[arm], 'liar', 'patched', now)):.0f}"
-            row["sampled sound"] = f"{100 * np.mean(sampled):.0f}"
-            row["P2 answers"] = f"{100 * np.mean(shares(lines[arm], 'P2', 'answer', now)):.0f}"
-            rows.append(row)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    order = sorted(names, key=[*names[:2], "held", "median", "mean (seeds)", "minus the start's", "minus GRPO's",
-                               "of the way, median", "patched", "sampled sound", "P2 answers"].index)  # fmt: skip
-    return markdown([{name: row.get(name) for name in order} for row in rows])
+    """The warm start, and every arm after the usual number of steps and after twice as many."""
+    times = [(arm, how) for how in TIMES.values() for arm in arms if arm != "warm start"]
+    return markdown([counted(arm, lines, how) for arm, how in [("warm start", ""), *times]])
 
 
 def early_stopping(lines: Lines) -> str:

@@ -101,6 +101,53 @@ def test_the_share_of_the_way_is_of_the_means_over_the_seeds_that_all_have():
     assert tables.way(lines, "us", "low", "top", "P2", "answer") is None
 
 
+def measured(seed, right, sampled=0):
+    """A run's line, with so many right answers to 100 stories whose friend is wrong."""
+    greedy = {"liar": {"answer": [right, 100], "patched": [5, 100]}, "P2": {"answer": [right, 100]}}
+    greedy["sampled"] = {"process": [sampled, 100]}
+    return {"seed": seed, "greedy": greedy, "greedy_twice": greedy}
+
+
+def test_a_start_is_held_that_loses_no_more_than_ten_points():
+    lines = {"warm start": [measured(0, 80, 40), measured(1, 70, 40)], "GRPO": [measured(0, 0), measured(1, 10)]}
+    lines |= {"oracle": [measured(0, 90), measured(1, 80)], "CLIPO": [measured(0, 70, 70), measured(1, 59, 60)]}
+    row = tables.counted("CLIPO", lines, "greedy")
+    assert (row["held"], row["median"], row["mean (seeds)"]) == ("1 of 2", "64", "64 (70, 59)")
+    assert row["minus the start's"].startswith("-10 [") and row["minus GRPO's"].startswith("+60 [")
+    assert row["of the way, median"] == "74%"  # of 70 / 90 and 49 / 70
+    assert (row["patched"], row["sampled sound"], row["steps"]) == ("5", "65 (70, 60)", tables.STEPS)
+    start = tables.counted("warm start", lines, "greedy_twice")
+    assert start["steps"] == 0 and start["held"] is None and start["sampled sound"] == "40 (40, 40)"
+    assert tables.counts_table(dict.fromkeys(lines), lines).count("\n") == 1 + 1 + 2 * 3
+
+
+def test_grpo_is_stopped_where_most_of_its_responses_are_sound():
+    def line(process):
+        return {"seed": 0, "history": {"process": process}}
+
+    lines = {"GRPO": [line([0.0, *[0.5] * 5, 0.1, 0.0])], "CLIPO": [line([0.2] * 5 + [0.6] * 5)]}
+    assert "GRPO in its best five steps 50, CLIPO in its last five 60; difference +10." in tables.early_stopping(lines)
+
+
+def test_the_push_of_the_first_ten_steps():
+    history = {"push_sound": [0.5] * 10 + [9.0] * 110, "push_unsound": [None, *[0.1] * 119]}
+    assert tables.push([{"history": history, "doubled": 1}]) == pytest.approx(0.4)
+
+
+def test_what_a_frozen_policys_head_is_paid_by_hand():
+    frozen, right = runs.Frozen(), torch.tensor([[True, True, False, False]])
+    pairs = clipo.draw_pairs(right)
+    agreement = clipo.Agreement(None, pairs, None, torch.tensor([[0.0, -0.5, 0.0, 0.0]]), None)
+    calculated = torch.tensor([[True, False, True, False]])
+    frozen.add(agreement, right, calculated & right, calculated, CLIPOConfig())
+    advantage = clipo.group_advantages(torch.tensor([[1.0, 0.5, 0.0, 0.0]]))[0]
+    found = frozen.summary()
+    assert found["calculated"] == pytest.approx(((advantage[0] + advantage[2]) / 2).item())
+    assert found["copied"] == pytest.approx(((advantage[1] + advantage[3]) / 2).item())
+    assert found["by_right"] == {"2": [1, pytest.approx(found["copied"] - found["calculated"])]}
+    assert found["on_floor"] == 0.5 and found["gap"] == pytest.approx((advantage[0] - advantage[1]).item(), rel=1e-4)
+
+
 def test_dots_of_equal_seeds_stand_beside_each_other():
     moved = figures.beside([0.3, 0.3, 0.3, 0.9, 0.302])
     assert len(set(zip([0.3, 0.3, 0.3, 0.9, 0.3], moved, strict=True))) == 5
