@@ -123,13 +123,13 @@ def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps:
         parts.append("Made in the world and the form before the present ones (docs/worlds.md), with the code of then.")
     if missing:
         parts.append(f"Not complete yet: {', '.join(missing)}.")
-    if name in ("track1", "rivals") and not missing:
+    if name in ("track1", "rivals") and all(lines.values()):
         parts += ['Right answers to "P0, friend wrong"; held: no more than ten points below the start.']
         parts.append(counts_table(arms, lines))
     parts.append(comparison(arms, lines))
     if experiment.figure and all(lines.values()):
         experiment.figure(lines, out / f"{name}.png")
-    if name == "track1" and not missing:
+    if name == "track1" and all(lines.values()):
         parts += [early_stopping(lines), f"Means over seeds after {STEPS} / {2 * STEPS} steps:"]
         parts.append(levels_table(arms, lines))
         (out / "track1.json").write_text(json.dumps(track1_json(lines), indent=1) + "\n", encoding="utf-8")
