@@ -182,6 +182,7 @@ FORMS = ENDS | {
     "three, but floor -0.5": Arm(THREE | {"reward_floor": -0.5}),
     "nine changes": CLIPO,
     "nine changes, head warm-up 10": Arm(LONGER),
+    "nine changes, but InfoNCE": Arm({"contrastive_kind": "infonce"}),
 }
 TAKEN_AWAY = ENDS | {
     "nine changes": CLIPO,

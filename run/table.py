@@ -22,7 +22,10 @@ from tasks.toy import LEVELS, TRAINING_LEVEL, WORLD, World, is_patched, is_sound
 Levels = dict[str, dict[str, tuple[int, int]]]  # {level: {metric: (successes, trials)}}
 ROWS = {  # of the table: level -> its title, and what it says
     "P0": ("P0", "stories as in training. The friend is right {friend} here, so that copying her pays."),
-    "liar": ("P0, friend wrong", "the same stories, and the friend is wrong in each: only who calculates is right."),
+    "liar": (
+        "P0, friend wrong",
+        "the same stories, and the friend is wrong in each: only a model that calculates can be right.",
+    ),
     "sampled": ("P0, sampled", "answers drawn at random, as in training; all other rows are greedy."),
     "P2": ("P2, longer", "4 or 5 clauses in place of 2 or 3; here the friend is mostly wrong."),
 }
@@ -135,15 +138,15 @@ def what_to_see(start: Levels, grpo: Levels, ours: Levels) -> tuple[str, str]:
     before, without, with_it = (f"{100 * share:.0f}%" for share in shares)
     fell = f"where she is wrong, its right answers to stories as in training went from {before} to {without}"
     if copied := shares[1] < shares[0] / 2:
-        first = f"GRPO learnt to copy the friend: {fell}."
+        first = f"GRPO came to follow the friend: {fell}."
     elif is_behind(grpo, start):
-        first = f"GRPO began to copy the friend, but is not done with it: {fell}."
+        first = f"GRPO began to follow the friend, but has not gone all the way: {fell}."
     else:
         first = (
-            f"GRPO did not learn to copy from this start ({before} before, {without} now): nothing is to be rescued."
+            f"GRPO did not learn to copy from this start ({before} before, {without} now): there is nothing to rescue."
         )
     if is_behind(grpo, ours) and shares[2] > shares[0] / 2:
-        less = "less than the start, but " if is_behind(ours, start) else ""
+        less = "less than the start, but mostly " if is_behind(ours, start) else ""
         second = (
             f"CLIPO, which also pays right answers for agreeing with each other, has {with_it} there: {less}it went on "
             "calculating, and nobody told it which steps were sound."

@@ -171,12 +171,12 @@ def lied_to(right):
 @pytest.mark.parametrize(
     "grpo, ours, first, second",
     [
-        (1, 80, "GRPO learnt to copy", "80% there: it went on"),
-        (1, 45, "GRPO learnt to copy", "45% there: less than the start, but it went on"),
-        (1, 2, "GRPO learnt to copy", "did not prevent it here (2%)"),
-        (1, 30, "GRPO learnt to copy", "did not prevent it here (30%)"),
-        (55, 80, "GRPO began to copy", "80% there: it went on"),
-        (55, 50, "GRPO began to copy", "did not prevent it here (50%)"),
+        (1, 80, "GRPO came to follow", "80% there: it went on"),
+        (1, 45, "GRPO came to follow", "45% there: less than the start, but mostly it went on"),
+        (1, 2, "GRPO came to follow", "did not prevent it here (2%)"),
+        (1, 30, "GRPO came to follow", "did not prevent it here (30%)"),
+        (55, 80, "GRPO began to follow", "80% there: it went on"),
+        (55, 50, "GRPO began to follow", "did not prevent it here (50%)"),
         (75, 80, "GRPO did not learn to copy", "CLIPO has 80%."),
     ],
 )
