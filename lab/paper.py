@@ -109,7 +109,9 @@ def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps:
         for arm, spec in experiment.arms.items()
     }
     used = {id(line): line for part in lines.values() for line in part}.values()
-    if not used:
+    others = [arm.run(seed, steps) for arm in of.TRACK1.values() for seed in seeds_of(experiment, seeds)]
+    shared = [known.get(run.key) for run in others] if name != "track1" else []
+    if all(any(line is other for other in shared) for line in used):  # none of its own
         return False
     expected, arms = len(seeds_of(experiment, seeds)), experiment.arms
     missing = [f"{arm} ({len(part)} of {expected} seeds)" for arm, part in lines.items() if len(part) < expected]
