@@ -100,6 +100,8 @@ def push_figure(lines: Lines, file: Path) -> None:
     """Where the first ten steps push, against where a run ends: every run of every table a dot."""
     figure, axis = plot().subplots(figsize=(8, 5), layout="constrained")
     for arm, part in lines.items():
+        if np.isnan(push(part)):  # the oracle's right responses are all sound
+            continue
         look = {name: LOOKS[arm][name] for name in ("color", "marker")} if arm in LOOKS else OTHER
         axis.plot([push([line]) for line in part], [lied_to(line) for line in part], linestyle="", markersize=5,
                   label=arm, alpha=0.8, **look)  # fmt: skip
