@@ -19,7 +19,7 @@ class Arm:
     trainer: str = ""  # one of lab.referees.TRAINERS
     ceiling: str = "oracle"
     size: str = "tiny"
-    doubled: int = 1  # so many times it goes on to twice the steps
+    doubled: int = 1  # as of Run
 
     def run(self, seed: int, steps: int | None = None) -> Run:
         """With `steps` it is a short one that only tries the command: a short warm start, a short evaluation."""
@@ -135,6 +135,11 @@ for change in CHANGES:
 LADDER = ENDS | {name: Arm(config) for name, config in RUNGS.items()}
 
 
+def friend(rate: float) -> dict:
+    """The world whose friend is right so often where we train (stories of up to 3 clauses)."""
+    return {"friend_right": (rate,) * 3 + toy.WORLD.friend_right[3:]}
+
+
 def in_world(world: dict, where: str) -> dict[str, Arm]:
     """GRPO, CLIPO and the oracle in another world, or for another time."""
     grpo, oracle = f"GRPO, {where}", f"oracle, {where}"
@@ -149,11 +154,8 @@ SOUND, FRIEND = (0.4, 0.6, 0.8), (0.80, 0.90, 0.99)  # the dials of the phase ma
 PHASE = {
     name: arm
     for sound in SOUND
-    for friend in FRIEND  # training stories have up to 3 clauses
-    for name, arm in in_world(
-        {"sound_demos": sound, "friend_right": (friend,) * 3 + toy.WORLD.friend_right[3:]},
-        f"sound {sound}, friend {friend}",
-    ).items()
+    for rate in FRIEND
+    for name, arm in in_world({"sound_demos": sound, **friend(rate)}, f"sound {sound}, friend {rate}").items()
 }
 
 
@@ -162,11 +164,6 @@ PHASE = {
 # ----------------------------------------------------------------------------------------------------
 
 RATES = (0.8, 0.85, 0.9)
-
-
-def friend(rate: float) -> dict:
-    """The world whose friend is right so often where we train (stories of up to 3 clauses)."""
-    return {"friend_right": (rate,) * 3 + toy.WORLD.friend_right[3:]}
 
 
 FRIENDS = {f"GRPO, friend {rate}": Arm(WITHOUT, None, friend(rate)) for rate in RATES}
@@ -204,6 +201,5 @@ HELPS = {  # at which friend does each begin to drift?
         ("three changes", THREE, ""), ("CLIPO", {}, ""), ("oracle", WITHOUT, "oracle"),
     )
 }  # fmt: skip
-KNOWN = (*TRACK1, "paper's constants")  # have a look of their own in figures
 FROZEN = {"GRPO": WITHOUT, "paper's constants": PAPER, "three changes": THREE, "nine changes": {}}
 FROZEN_RATES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.99)

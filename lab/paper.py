@@ -29,7 +29,7 @@ import tsne
 from border import OptionParser
 from lab import arms as of
 from lab.arms import Arm
-from lab.figures import phase_figure, push_figure, temperature_figure, track1_figure
+from lab.figures import LOOKS, phase_figure, push_figure, temperature_figure, track1_figure
 from lab.provenance import ROOT, markdown
 from lab.runs import PRETRAINED, Run, all_settings, known_runs, make
 from lab.tables import (
@@ -145,7 +145,7 @@ def draw_push(out: Path, known: dict[str, dict]) -> bool:
         experiment = EXPERIMENTS[name]
         for arm, spec in experiment.arms.items():
             part = [known[key] for seed in seeds_of(experiment, None) if (key := spec.run(seed).key) in known]
-            lines.setdefault(arm if arm in of.KNOWN else "others", []).extend(part)
+            lines.setdefault(arm if arm in LOOKS else "others", []).extend(part)
     lines = {arm: list({id(line): line for line in part}.values()) for arm, part in lines.items() if part}
     if lines:
         push_figure(lines, out / "push.png")
@@ -240,7 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     try:
         for name in names:
-            print(out / f"{name}.md" if make_and_draw(name, out, given) else f"{name}: not run yet")
+            file = "push.png" if name == "push" else f"{name}.md"
+            print(out / file if make_and_draw(name, out, given) else f"{name}: not run yet")
     except KeyboardInterrupt:
         print("stopped; what is finished stays, and the same command goes on", file=sys.stderr)
         return 130

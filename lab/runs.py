@@ -42,7 +42,6 @@ from tasks.grading import are_correct
 from tasks.toy import Story, ToyTask, World, is_sound, soundness
 
 PRETRAINED = {"smollm": ROOT / "runs" / "smollm"}  # a size that is a model of its own: python -m lab.smollm runs/smollm
-SHARES = 5  # bins of the share of sound ones among a group's correct rollouts
 
 
 ONLY_SPEED = ("max_batch", "cuda_graphs", "micro_batch_tokens", "recompute_activations")
@@ -129,22 +128,13 @@ def mean_cosine(embedding: Tensor, correct: Tensor) -> float | None:
     return torch.stack(means).mean().item() if means else None
 
 
-class Mechanism:
-    """Gathers, step by step, what the contrastive reward pays for soundness."""
-
-    def __init__(self):
-        self.by_share = [[0, 0.0] for _ in range(SHARES)]  # number of groups and sum of their gaps, by sound share
-
-    def add(self, *scored: Tensor) -> float | None:
-        """The mean gap over the groups of a step."""
-        gaps = payments(*scored)
-        for share, gap in gaps:
-            cell = self.by_share[min(int(share * SHARES), SHARES - 1)]
-            cell[0], cell[1] = cell[0] + 1, cell[1] + gap
-        return sum(gap for _, gap in gaps) / len(gaps) if gaps else None
+def mean_gap(*scored: Tensor) -> float | None:
+    """The mean gap of `payments` over the groups of a step; None if no group has one."""
+    gaps = [gap for _, gap in payments(*scored)]
+    return sum(gaps) / len(gaps) if gaps else None
 
 
-def measured(task: type[ToyTask], mechanism: Mechanism) -> type[ToyTask]:
+def measured(task: type[ToyTask]) -> type[ToyTask]:
     """A kind of task that also measures, in each step, what soundness is paid and how the head sees it."""
 
     class Measured(task):
@@ -154,7 +144,7 @@ def measured(task: type[ToyTask], mechanism: Mechanism) -> type[ToyTask]:
             return super().measure(scored) | {
                 "sound_share": (correct & sound).sum().item() / max(1, correct.sum().item()),
                 "cosine": mean_cosine(scored.agreement.embedding, correct),
-                "gap": mechanism.add(paid, scored.reward, correct, sound),
+                "gap": mean_gap(paid, scored.reward, correct, sound),
             }
 
     return Measured
@@ -181,9 +171,9 @@ KEPT = (
 
 def execute_train(run: Run, runs: Path, device: torch.device) -> dict:
     """Train from the warm start; each step's measurements, and the evaluation after the last one (or two)."""
-    mechanism, steps, found = Mechanism(), run.config["steps"], {}
+    steps, found = run.config["steps"], {}
     task, trainer = of_kind(run.trainer)
-    task, world = measured(task, mechanism), World.changed(run.world)
+    task, world = measured(task), World.changed(run.world)
     model = ["--model", PRETRAINED[run.size], "--data", "toy"] if run.size in PRETRAINED else ["--size", run.size]
     begin = [
         *model, "--engine", "fast", "--world", json.dumps(run.world), "--warm-start-batches", run.batches,
@@ -200,7 +190,7 @@ def execute_train(run: Run, runs: Path, device: torch.device) -> dict:
             found[name] = evaluation(run, *load_model(out, device), world)
         metrics = read_lines(Path(out) / "metrics.jsonl")
     history = {name: [step[name] for step in metrics] for name in KEPT}
-    return {"history": history, "gap_by_share": mechanism.by_share, **found}
+    return {"history": history, **found}
 
 
 def quietly(main: Callable, arguments: Sequence, task: type[ToyTask], trainer: type[Trainer]) -> None:
@@ -230,14 +220,14 @@ class Frozen:
     """What one head is paid on the rollouts of a frozen policy."""
 
     def __init__(self):
-        self.mechanism, self.on_floor = Mechanism(), []
+        self.gaps, self.on_floor = [], []
         self.advantages = {"calculated": [], "copied": []}
         self.by_right = {}  # {n right of a group: [groups, sum of their (copied - calculated)]}
 
     def add(self, agreement: Agreement, correct: Tensor, sound: Tensor, calculated: Tensor, config: CLIPOConfig):
         reward = correct + agreement.reward
         advantage = group_advantages(reward, scale_by_std=config.scale_by_std)
-        self.mechanism.add(agreement.reward, reward, correct, sound)
+        self.gaps += [gap for _, gap in payments(agreement.reward, reward, correct, sound)]
         self.on_floor += (agreement.reward[agreement.pairs.anchor] <= config.reward_floor).tolist()
         self.advantages["calculated"] += advantage[calculated].tolist()
         self.advantages["copied"] += advantage[~calculated].tolist()
@@ -247,11 +237,9 @@ class Frozen:
                 cell[0], cell[1] = cell[0] + 1, cell[1] + (paid[~one].mean() - paid[one].mean()).item()
 
     def summary(self) -> dict:
-        groups, gaps = (sum(column) for column in zip(*self.mechanism.by_share, strict=True))
         means = {kind: sum(all_of) / max(1, len(all_of)) for kind, all_of in self.advantages.items()}
         return {
-            "gap": gaps / max(1, groups),
-            "by_share": self.mechanism.by_share,
+            "gap": sum(self.gaps) / max(1, len(self.gaps)),
             "on_floor": sum(self.on_floor) / max(1, len(self.on_floor)),
             **means,
             "by_right": {str(n): cell for n, cell in sorted(self.by_right.items())},

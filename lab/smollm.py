@@ -13,7 +13,6 @@ rounded to 4 bits.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import json
 import sys
@@ -26,7 +25,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from border import OptionParser, UserError, in_short, status_of
-from run.folder import read_json, save_model
+from run.folder import checksum, read_json, save_model
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MOST = 45 * 10**6  # bytes of a part
@@ -66,7 +65,7 @@ def split(file: Path, out: Path, most: int = MOST) -> None:
     parts = [content[i : i + most] for i in range(0, len(content), most)]
     for i, part in enumerate(parts):
         (out / f"part-{i}").write_bytes(part)
-    about = {"name": file.name, "parts": len(parts), "sha256": hashlib.sha256(content).hexdigest()}
+    about = {"name": file.name, "parts": len(parts), "sha256": checksum(file)}
     (out / "parts.json").write_text(json.dumps(about), encoding="utf-8")
 
 
@@ -77,10 +76,10 @@ def join(parts: Path, out: Path) -> Path:
         content = b"".join((parts / f"part-{i}").read_bytes() for i in range(about["parts"]))
     except OSError as reason:
         raise UserError(f"{parts} is not whole ({in_short(reason)}); expected what --split wrote") from reason
-    if hashlib.sha256(content).hexdigest() != about["sha256"]:
-        raise UserError(f"{parts} holds other bytes than --split wrote (another checksum); carry it again")
     file = out / Path(about["name"]).name
     file.write_bytes(content)
+    if checksum(file) != about["sha256"]:
+        raise UserError(f"{parts} holds other bytes than --split wrote (another checksum); carry it again")
     return file
 
 
