@@ -25,7 +25,7 @@ class Arm:
         """With `steps` it is a short one that only tries the command: a short warm start, a short evaluation."""
         config = all_settings(self.config | ({"steps": steps} if steps else {}))
         world = asdict(toy.World.changed(self.world))
-        short = {"batches": 30, "stories": 30} if steps else SHORTER.get(self.size, {})
+        short = {"batches": 10, "stories": 10} if steps else SHORTER.get(self.size, {})
         doubled = 0 if self.size in SHORTER else self.doubled
         return Run("train", seed, config, world, trainer=self.trainer, doubled=doubled, size=self.size, **short)
 

@@ -65,7 +65,7 @@ class Piece:
     def run(self, machine: Machine) -> list[dict]:
         if self.load is None:
             return self.measure(machine)
-        small = Load("1M", 2, min(self.load.G, 4), min(self.load.T, 48))
+        small = Load("1M", 2, min(self.load.G, 4), min(self.load.T, 24))
         return self.measure(machine, small if machine.quick else self.load)
 
 
@@ -130,15 +130,16 @@ def toy_run(machine: Machine) -> list[dict]:
     """train.py, --resume and eval.py on the toy world, at their default options but for few steps."""
     small = "--prompts-per-step 2 --samples-per-prompt 4 --max-new-tokens 8 --head-warmup-steps 1 --lr-warmup-steps 1"
     first, last = (2, 3) if machine.quick else (8, 12)
-    batches, tests = ("3", "5") if machine.quick else ("20", "20")
+    batches, tests = ("3", "2") if machine.quick else ("20", "20")
     device, rows = machine.device.type, []
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/run"
-        shared = ["--device", device, "--test-stories", tests, "--out", out]
+        shared, stories = ["--device", device, "--out", out], ["--test-stories", tests]
         options = [*small.split() * machine.quick, "--warm-start-batches", batches, "--steps", str(first)]
+        options += ["--test-stories", "0"] if machine.quick else stories
         for name, command, arguments in (
             (f"train.py, {first} steps", train.main, [*options, *shared]),
-            (f"train.py --resume, to step {last}", train.main, ["--resume", "--steps", str(last), *shared]),
+            (f"train.py --resume, to step {last}", train.main, ["--resume", "--steps", str(last), *stories, *shared]),
             ("eval.py", evaluation.main, [out, "--limit", tests, "--device", device]),
         ):
             begin = time.perf_counter()

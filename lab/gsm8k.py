@@ -114,7 +114,9 @@ def all_parts(given: argparse.Namespace) -> None:
         ]
         begun = (out / "settings.json").exists()
         ended(arm, train.main([*(["--resume"] if begun else begin), "--out", out, *here]))
-    ended("eval.py", evaluation.main([*map(str, folders), "--resume", "--data", *given.test, *here]))
+    longest = run_folder.read_settings(out)["config"]["max_new_tokens"]  # no longer answers than in training
+    asked = ["--resume", "--data", *given.test, "--max-new-tokens", str(longest), *here]
+    ended("eval.py", evaluation.main([*map(str, folders), *asked]))
 
 
 def is_done(run: Path) -> bool:
