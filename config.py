@@ -37,6 +37,9 @@ def computes_in_bfloat16(device: str) -> bool:
     return device == "cuda" or (device == "cpu" and torch.cpu._is_avx512_bf16_supported())
 
 
+# Decode steps of a run that repay half a minute of compiling, where each is a millisecond sooner.
+REPAYS_COMPILING = 30_000
+
 # What each track sets differently from the defaults of CLIPOConfig. "math" is the paper's second track.
 TRACKS: dict[str, dict] = {
     "gsm8k": {},
@@ -116,6 +119,9 @@ class CLIPOConfig:
     cuda_graphs: bool | None = setting(
         None, "replay decode steps as CUDA graphs on a GPU (default: where it works)", "speed only"
     )
+    compile: bool | None = setting(
+        None, "compile the decode step (default: on a GPU, in a run that is long enough to repay it)", "speed only"
+    )
     micro_batch_tokens: int = setting(16384, "tokens in a forward and backward pass", "memory only", low=1)
     recompute_activations: bool | None = setting(
         None,
@@ -163,6 +169,12 @@ class CLIPOConfig:
     def in_bfloat16(self, device: str) -> bool:
         """Are matrix products computed in bfloat16 on this kind of device?"""
         return {"auto": computes_in_bfloat16(device), "float32": False, "bfloat16": True}[self.compute_dtype]
+
+    def compiles(self, device: str) -> bool:
+        """Is the decode step compiled on this kind of device?"""
+        if self.compile is None:
+            return device == "cuda" and self.steps * self.max_new_tokens >= REPAYS_COMPILING
+        return self.compile
 
     @classmethod
     def for_track(cls, track: str, *, paper: bool = False, **chosen) -> CLIPOConfig:

@@ -6,20 +6,24 @@ window, or scale their logits. Two sequences of different length, longer than an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 import clipo
-from border import check_attends_to_all
+from border import check_attends_to_all, in_short
 from clipo import Rollouts, in_float32
-from engine.forward import KVCache, last_states, output_logits, prefill, serving
+from engine.compiled import CompiledSteps, why_not
+from engine.forward import KVCache, decoded_states, output_logits, prefill, product_dtype, serving
 from engine.update import response_logprobs
 
 checked_models: WeakKeyDictionary = WeakKeyDictionary()  # model -> the engines that serve it
+not_compiled: WeakKeyDictionary = WeakKeyDictionary()  # model -> why its decode steps are not compiled; "" if they are
 LONGEST_WINDOW = 2048  # that is tried out; the engine knows the usual windows, and serves them whatever their length
 
 
@@ -40,25 +44,45 @@ def check_model(model, engine: str = "fast") -> None:
             f"{name} cannot be served by KVCache: its rotary embedding ({depends_on_length.pop()}) "
             "changes with the longest row of a batch; use a model with another rope_type"
         )
-    sequences = trial_sequences(model)
+    try:
+        compare(model, engine, decoded, updated)
+    except (ValueError, AttributeError, TypeError, RuntimeError, LookupError) as reason:
+        raise ValueError(
+            f"{name} cannot be served by KVCache: {reason}. Expected a decoder-only model "
+            "that takes position_ids, a 4-D attention_mask and past_key_values, as Qwen2 and Llama do"
+        ) from reason
+    checked_models.setdefault(model, set()).add(engine)
+
+
+def may_compile(model) -> bool:
+    """Do compiled decode steps, in today's precision, agree with a plain forward pass? If not, that is said once."""
+    if model not in not_compiled:
+        why = why_not(model) or ""
+        try:
+            if not why:
+                compare(model, "compiled", decoded)
+        except (ValueError, RuntimeError) as reason:  # no compiler, say
+            why = in_short(reason)
+        if why:
+            warnings.warn(f"decode steps are not compiled: {why}; rollouts go on without, slower", stacklevel=3)
+        not_compiled[model] = why
+    return not not_compiled[model]
+
+
+def compare(model, engine: str, *parts: Callable) -> None:
+    """Raise ValueError if numbers of an engine are not those of a plain forward pass."""
+    sequences, compiled = trial_sequences(model), engine == "compiled"
     with exact_products(model):
         expected = [in_float32(model(input_ids=ids[None]).logits[0, -3:]) for ids in sequences]  # (3, V) each
-        scale = max(logits.abs().max().item() for logits in expected)
-        most = (1e-3 if model.dtype == torch.float32 else 0.1) * scale
-        try:
-            for what, got, wanted in [
-                *decoded(model, sequences, expected, engine),
-                *updated(model, sequences, expected, engine),
-            ]:
+    scale = max(logits.abs().max().item() for logits in expected)
+    with nullcontext() if compiled else exact_products(model):  # compiled once more it would be for other products
+        in_full = product_dtype(model.get_input_embeddings().weight) == torch.float32
+        most = (0.1 if not in_full else 0.01 if compiled else 1e-3) * scale
+        for part in parts:
+            for what, got, wanted in part(model, sequences, expected, engine):
                 off = (in_float32(got) - wanted).abs().max().item()
                 if not off <= most:
                     raise ValueError(f"its {what} are off by {off:.2g} (largest logit {scale:.2g})")
-        except (ValueError, AttributeError, TypeError, RuntimeError, LookupError) as reason:
-            raise ValueError(
-                f"{name} cannot be served by KVCache: {reason}. Expected a decoder-only model "
-                "that takes position_ids, a 4-D attention_mask and past_key_values, as Qwen2 and Llama do"
-            ) from reason
-    checked_models.setdefault(model, set()).add(engine)
 
 
 @contextmanager
@@ -93,7 +117,7 @@ def decoded(model, sequences, expected, engine: str) -> Iterator[tuple[str, Tens
         clipo.prefill(model, prompts, cache := clipo.KVCache(slots))
     else:
         with serving(model):
-            prefill(model, prompts, cache := KVCache(len(sequences), slots))
+            prefill(model, prompts, cache := KVCache(len(sequences) + 1, slots + 1))  # with room to spare, as usual
     for back in (2, 1):
         token = torch.stack([ids[-back] for ids in sequences])[:, None]  # (2, 1)
         if engine == "plain":
@@ -101,8 +125,9 @@ def decoded(model, sequences, expected, engine: str) -> Iterator[tuple[str, Tens
             logits = clipo.output_logits(model, states)[:, 0]
         else:
             with serving(model):
-                states = last_states(model, token, positions - back, cache, used=slots + 1 - back)
-                logits = output_logits(model, states)[:, 0]
+                step = CompiledSteps(model, slots) if engine == "compiled" else partial(decoded_states, model)
+                states = step(token[:, 0], positions[:, 0] - back, cache, used=slots + 1 - back)
+                logits = output_logits(model, states)
         yield "logits", logits, torch.stack([of[-back] for of in expected])
 
 

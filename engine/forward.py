@@ -179,6 +179,11 @@ def last_states(model, tokens: Tensor, positions: Tensor, cache: Cache, used: in
     return output.last_hidden_state
 
 
+def decoded_states(model, token: Tensor, position: Tensor, cache: Cache, used: int) -> Tensor:
+    """`last_states` of one token a row: (rows,) at `position` (rows,) -> (rows, D)."""
+    return last_states(model, token[:, None], position[:, None], cache, used)[:, 0]
+
+
 def output_logits(model, states: Tensor) -> Tensor:
     """States (..., D) -> logits (..., V), through the model's own output layer."""
     logits = model.get_output_embeddings()(states)

@@ -81,7 +81,11 @@ class Trainer(variants.DynamicSampling):
         self.sizes: dict[str, int] = {}
         if engine == "fast":
             gradient = partial(fast_update.policy_gradient, form=variants.policy_loss(config))
-            generate = partial(fast_rollouts.generate, cuda_graphs=config.cuda_graphs)
+            generate = partial(
+                fast_rollouts.generate,
+                cuda_graphs=config.cuda_graphs,
+                compiled=config.compiles(policy.device.type),
+            )
             parts = replace(parts, generate=generate, policy_gradient=gradient)
             self.sizes = {"max_batch": config.max_batch, "micro_batch_tokens": config.micro_batch_tokens}
         self.unguarded = parts

@@ -72,8 +72,11 @@ def memory_plan(model: nn.Module, config: CLIPOConfig, longest_prompt: int, bflo
 
     rows, slots = min(B, config.max_batch), longest_prompt + T
     prompts = math.ceil(rows / config.samples_per_prompt) * longest_prompt  # tokens of a prefill
+    device = model.device.type.replace("meta", "cuda")  # a card is asked about with no weights at hand
+    compiled = matrices - model.get_output_embeddings().weight.numel() if config.compiles(device) else 0
     plan.rollouts = {
         "bfloat16 copy": copies,
+        "copy for compiled steps": product * compiled,
         "cache": product * 2 * layers * KV * (rows * slots + prompts),
         "rollouts": 17 * B * T,  # with a random number for each token
         # Prefill holds a layer's activations; decoding holds logits, probabilities and their sums.

@@ -4,6 +4,7 @@ What it saves beside what a forward pass does (engine/forward.py):
     Batch             rows of ended rollouts are dropped, waiting rollouts take free rows; the plain loop feeds every
                       row until the last has ended, and holds all rollouts at once
     CapturedSteps     on a GPU a decode step is one CUDA graph, not hundreds of launches (engine/graphs.py)
+    CompiledSteps     that graph has half the kernels (engine/compiled.py)
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,8 +21,9 @@ from torch import Tensor
 
 from border import check_generate_arguments
 from clipo import Rollouts, in_float32
-from engine.check import check_model
-from engine.forward import KVCache, last_states, output_logits, prefill, prompts_of, round_up, serving
+from engine.check import check_model, may_compile
+from engine.compiled import CompiledSteps
+from engine.forward import KVCache, decoded_states, output_logits, prefill, prompts_of, round_up, serving
 from engine.graphs import CapturedSteps
 
 # ----------------------------------------------------------------------------------------------------
@@ -44,6 +47,35 @@ def truncate(probs: Tensor, top_k: int, top_p: float) -> Tensor:
     return probs
 
 
+def first_above(probs: Tensor, share: Tensor) -> Tensor:
+    """The first of each row's numbers with which their sum exceeds that share of the total: (B, V), (B,) -> (B,)."""
+    sums = probs.cumsum(-1)
+    threshold = share * sums[:, -1]  # below the total, as share < 1
+    first = torch.searchsorted(sums, threshold[:, None], right=True)[:, 0]
+    return first.clamp(max=probs.shape[-1] - 1)  # where the logits are NaN, so is the log-prob: no crash here
+
+
+def by_blocks(probs: Tensor, share: Tensor, size: int = 128) -> Tensor:
+    """`first_above` for many words on a GPU: the block in which it lies, then the word in it.
+
+    A running sum over 151,936 words is a chain that a GPU does not like; the sums of their blocks are not one.
+
+    >>> probs = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5]])
+    >>> [by_blocks(probs, torch.tensor([u]), size=2).item() for u in (0.0, 0.1, 0.3, 0.45, 0.7)]
+    [0, 1, 2, 3, 4]
+    """
+    blocks = F.pad(probs, (0, -probs.shape[-1] % size)).unflatten(-1, (-1, size))  # (B, V / size, size)
+    sums = blocks.sum(-1).cumsum(-1)
+    threshold = share * sums[:, -1]
+    block = torch.searchsorted(sums, threshold[:, None], right=True).clamp(max=blocks.shape[1] - 1)  # (B, 1)
+    before = F.pad(sums, (1, 0)).gather(-1, block)[:, 0]
+    own = blocks.gather(1, block[..., None].expand(-1, -1, size))[:, 0].cumsum(-1)  # (B, size)
+    # As a share of this block, and below one: the two sums round differently, and a word of no probability may follow.
+    inside = ((threshold - before) / own[:, -1]).clamp(0, 1 - 2**-23)
+    word = torch.searchsorted(own, (inside * own[:, -1])[:, None], right=True)
+    return (block * size + word)[:, 0].clamp(max=probs.shape[-1] - 1)
+
+
 def sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     """Draw one token per row by inverse CDF: the first token whose cumulated probability exceeds the uniform number.
 
@@ -59,10 +91,8 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_
     if temperature == 0:
         chosen = probs.argmax(-1)
     else:
-        cdf = truncate(probs, top_k, top_p).cumsum(-1)  # (B, V)
-        threshold = uniform * cdf[:, -1]  # below the total, as uniform < 1
-        chosen = torch.searchsorted(cdf, threshold[:, None], right=True)[:, 0]
-        chosen = chosen.clamp(max=logits.shape[-1] - 1)  # where the logits are NaN, so is the log-prob: no crash here
+        draw = by_blocks if logits.device.type == "cuda" else first_above
+        chosen = draw(truncate(probs, top_k, top_p), uniform)
     return chosen, probs.gather(-1, chosen[:, None])[:, 0].log()
 
 
@@ -79,6 +109,7 @@ class Pace(NamedTuple):
     while_waiting: float  # ended rows give way to waiting rollouts once at most this share of all rows still works
     in_the_tail: float  # when none waits, they are dropped once at most this share of all rows still works
     by_halves: bool = False  # keep a power of two of rows, so that few numbers of them come up
+    least: int = 1  # keep so many rows, if there are
 
 
 # On a CPU looking is free, and so is dropping, for few rows are moved; but rollouts that come in together share a
@@ -167,8 +198,9 @@ class Batch:
         new, self.waiting = self.waiting.tensor_split([self.cache.rows - self.rows])
         if len(new):
             self.admit(new, model)
-        if self.rows and self.pace.by_halves:
-            self.add_idle(min(2 ** math.ceil(math.log2(self.rows)), self.cache.rows))
+        if self.rows:
+            rows = 2 ** math.ceil(math.log2(self.rows)) if self.pace.by_halves else self.rows
+            self.add_idle(min(max(rows, self.pace.least), self.cache.rows))
         return self.rows > 0
 
     def keep(self, working: Sequence[int]) -> None:
@@ -230,22 +262,25 @@ def generate(
     generator: torch.Generator | None = None,
     max_batch: int | None = None,
     cuda_graphs: bool | None = None,
+    compiled: bool = False,
 ) -> Rollouts:
     """What `clipo.generate` returns, sooner. What is not said there:
 
     At most `max_batch` rollouts are under way at a time (None: all); when some end, waiting ones take their rows. A
     rollout has its own row of random numbers, so others cannot change it. top_k, top_p: see `truncate`.
     cuda_graphs: see `CapturedSteps` (GPUs only; None: where they work, True: or CaptureFailed).
+    compiled: decode steps by `CompiledSteps`, where this model's can be; if not, that is said once.
 
     Raises ValueError for arguments out of range, ValueError or NotImplementedError for a model that cannot be served.
     """
     stop = check_generate_arguments(model, prompts, samples_per_prompt, max_new_tokens, eos_token_id, temperature)
     check_own_arguments(top_k, top_p, max_batch)
     check_model(model)
+    compiled = compiled and may_compile(model)
     device, width = model.device, model.get_output_embeddings().in_features
     group = torch.arange(len(prompts), device=device).repeat_interleave(samples_per_prompt)  # (B,)
     count = len(group)
-    pace = PACE.get(device.type, PACE["cuda"])
+    pace = PACE.get(device.type, PACE["cuda"])._replace(least=2 if compiled else 1)  # one row would be compiled apart
     batch = Batch(prompts, group, min(count, max_batch or count), max_new_tokens, pace)
     written = Written.blank(count, max_new_tokens, width, pad=stop[0], device=device)
     uniform = F.pad(torch.rand(count, max_new_tokens, generator=generator), (0, 0, 0, 1)).to(device)  # (B + 1, T)
@@ -254,12 +289,13 @@ def generate(
     def step(rows: int, used: int) -> None:
         """One token for each of the first rows of the batch."""
         rollout, t, token, position = batch.next(rows)
-        state = last_states(model, token[:, None], position[:, None], batch.cache, used)[:, 0]  # (rows, D)
+        state = decode(token, position, batch.cache, used)  # (rows, D)
         token, logprob = sample(output_logits(model, state), uniform[rollout, t], temperature, top_k, top_p)
         written.write(rollout, t, token, logprob, state)
         batch.advance(token, ended=(token[:, None] == stop).any(-1))
 
     with serving(model):
+        decode = CompiledSteps(model, batch.slots) if compiled else partial(decoded_states, model)
         captured = device.type == "cuda" and cuda_graphs is not False
         run = CapturedSteps(model, step, demanded=bool(cuda_graphs)) if captured else step
         while batch.refill(model):  # prefill

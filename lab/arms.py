@@ -17,9 +17,10 @@ class Arm:
     against: str | None = "GRPO"
     world: dict = field(default_factory=dict)
     trainer: str = ""  # one of lab.referees.TRAINERS
-    ceiling: str = "oracle"
+    ceiling: str | None = "oracle"
     size: str = "tiny"
     doubled: int = 1  # as of Run
+    batches: int | None = None  # of the warm start, where they are not the usual ones
 
     def run(self, seed: int, steps: int | None = None) -> Run:
         """With `steps` it is a short one that only tries the command: a short warm start, a short evaluation."""
@@ -27,6 +28,8 @@ class Arm:
         world = asdict(toy.World.changed(self.world))
         short = {"batches": 10, "stories": 10} if steps else SHORTER.get(self.size, {})
         doubled = 0 if self.size in SHORTER else self.doubled
+        if self.batches and not steps:
+            short = {**short, "batches": self.batches}
         return Run("train", seed, config, world, trainer=self.trainer, doubled=doubled, size=self.size, **short)
 
 
@@ -37,6 +40,7 @@ GRPO, CLIPO, ORACLE = Arm(WITHOUT, against=None), Arm(), Arm(WITHOUT, trainer="o
 ENDS = {"GRPO": GRPO, "oracle": ORACLE}  # between which an arm is measured
 
 TRACK1 = {"GRPO": GRPO, "CLIPO": CLIPO, "CLIPO, shuffled": Arm(SHUFFLED), "oracle": ORACLE}
+LONG = {name: replace(TRACK1[name], doubled=2) for name in ("GRPO", "CLIPO", "oracle")}
 RIVALS = TRACK1 | {
     "same steps": Arm(trainer="same steps"),
     "GRPO, beta 0.5": Arm(WITHOUT | {"beta": 0.5}),
@@ -193,13 +197,19 @@ TAKEN_AWAY = ENDS | {
     "but floor -0.5": Arm({"reward_floor": -0.5}),
 }
 HELPS = {  # at which friend does each begin to drift?
-    f"{name}, friend {rate}": Arm(config, None if name == "GRPO" else f"GRPO, friend {rate}", friend(rate), trainer,
-                                  ceiling=f"oracle, friend {rate}")
-    for rate in (0.6, 0.7, 0.8, 0.9)
-    for name, config, trainer in (
-        ("GRPO", WITHOUT, ""), ("paper's constants", PAPER, ""), ("paper's, shuffled", PAPER | SHUFFLED, ""),
-        ("three changes", THREE, ""), ("CLIPO", {}, ""), ("oracle", WITHOUT, "oracle"),
+    f"{name}, friend {rate}": Arm(
+        config, None if name == "GRPO" else f"GRPO, friend {rate}", friend(rate), ceiling=None, doubled=0
     )
-}  # fmt: skip
+    for rate in (0.6, 0.7, 0.8)
+    for name, config in (("GRPO", WITHOUT), ("paper's constants", PAPER), ("CLIPO", {}))
+}
+ALONE = dict(world={"friend_right": (0.025,) * 5}, batches=300)  # right by chance, 1 in 41; a weaker start
+NO_FRIEND = {  # the paper's own question: are more answers right?
+    "GRPO": Arm(WITHOUT, None, **ALONE),
+    "paper's constants": Arm(PAPER, **ALONE),
+    "paper's, shuffled": Arm(PAPER | SHUFFLED, **ALONE),
+    "CLIPO": Arm(**ALONE),
+    "oracle": Arm(WITHOUT, trainer="oracle", **ALONE),
+}
 FROZEN = {"GRPO": WITHOUT, "paper's constants": PAPER, "three changes": THREE, "nine changes": {}}
 FROZEN_RATES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.99)

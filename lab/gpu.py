@@ -2,6 +2,7 @@
 
     python -m lab.gpu                        # every piece that results/gpu.json does not hold yet; stopped, it goes on
     python -m lab.gpu exact rollouts-0.5B    # only these and what begins so (exact-graphs), again if they are there
+    python -m lab.gpu --minutes 12           # those worth most first; none begins that would not end in time
     python -m lab.gpu --plan                 # what the pieces are, with estimated minutes; needs no GPU
     python -m lab.gpu --draw                 # the tables in Markdown, from the file; needs no GPU
     python -m lab.gpu --out runs/gpu.json    # on another machine, or another torch, than that file's
@@ -18,6 +19,7 @@ import argparse
 import gc
 import importlib.util
 import json
+import math
 import re
 import shutil
 import statistics
@@ -237,6 +239,11 @@ PIECES = {
     "gsm8k": Piece("the paper's first track at 135M: one chunk of several", 7.5, first_track, tried=False),
 }
 
+FIRST = (  # what is worth most, where there are only minutes
+    "rates", "rollouts-0.5B-512-eager", "profile", "update-0.5B", "trl-0.5B", "rollouts-0.5B-512-static",
+    "exact-graphs", "rollouts-0.5B-2048-eager", "rollouts-1.5B-512-eager",
+)  # fmt: skip
+
 GOALS = {  # by the side that a row is about
     "ours": "40% of the floor", "generate": "10x", "generate, static cache, compiled": "2x",
     "TRL GRPOTrainer": "4x", "TRL GRPOTrainer, with its default of activation checkpointing": "4x",
@@ -295,8 +302,14 @@ def measured(piece: Piece, machine: Machine) -> dict:
     return {**result, "seconds": round(time.perf_counter() - begin, 1)}
 
 
-def measure(names: Sequence[str], again: bool, out: Path, machine: Machine, command: str) -> list[str]:
-    """Run the pieces that `out` does not hold, or all of them `again`; the names of those that failed."""
+def measure(
+    names: Sequence[str], again: bool, out: Path, machine: Machine, command: str, minutes: float = math.inf
+) -> list[str]:
+    """Run the pieces that `out` does not hold, or all of them `again`; the names of those that failed.
+
+    A piece that by its estimate would not end within `minutes` of the beginning is left out.
+    """
+    end = time.perf_counter() + 60 * minutes
     here = about(machine)
     saved = read(out) if out.exists() else {"machine": here, "pieces": {}}
     if saved["machine"] != here:
@@ -306,6 +319,9 @@ def measure(names: Sequence[str], again: bool, out: Path, machine: Machine, comm
     for name in names:
         if "rows" in saved["pieces"].get(name, {}) and not again:
             print(f"{name}: {out} holds it")
+            continue
+        if (left := (end - time.perf_counter()) / 60) < PIECES[name].minutes:
+            print(f"{name}: left out, it takes some {PIECES[name].minutes} minutes and {left:.1f} are left")
             continue
         print(f"\n## {name}\n", flush=True)
         result = measured(PIECES[name], machine)
@@ -349,6 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("pieces", nargs="*", metavar="PIECE", help="only these (default: all that are not there yet)")
     parser.add_argument("--plan", action="store_true", help="list the pieces with estimated minutes")
     parser.add_argument("--draw", action="store_true", help="print the tables of the file")
+    parser.add_argument("--minutes", type=float, metavar="M", help="what is worth most, as far as it fits into so many")
     parser.add_argument("--quick", action="store_true", help="smallest sizes, one run")
     parser.add_argument("--out", type=Path, metavar="FILE", help="(default: results/gpu.json; quick: runs/gpu.json)")
     given = parser.parse_args(arguments)
@@ -356,6 +373,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not any(name == wanted or name.startswith(f"{wanted}-") for name in PIECES):
             parser.error(f"unknown piece {wanted!r}; expected some of: {', '.join(PIECES)}")
     names = [n for n in PIECES if not given.pieces or any(n == p or n.startswith(f"{p}-") for p in given.pieces)]
+    if given.minutes is not None:
+        if not 0 < given.minutes < math.inf:
+            parser.error(f"--minutes is {given.minutes}; expected a number above 0")
+        names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
     out = given.out or ROOT / ("runs" if given.quick else "results") / "gpu.json"
     command = " ".join(["python -m lab.gpu", *(sys.argv[1:] if arguments is None else map(str, arguments))])
     failed: list[str] = []
@@ -366,7 +387,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif given.draw:
             print(drawn(read(out)))
         else:
-            failed.extend(measure(names, bool(given.pieces), out, machine_here(given.quick), command))
+            failed.extend(
+                measure(names, bool(given.pieces), out, machine_here(given.quick), command, given.minutes or math.inf)
+            )
 
     status = status_of(run)
     if failed:

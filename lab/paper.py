@@ -60,11 +60,13 @@ TUNING, FRESH, OLD = 1000, 32, 16  # first seeds: to choose on; run once; report
 HARDEST = 1002  # of the tuning seeds: on which three changes fail
 EXPERIMENTS = {  # the most important first: `all` may be stopped
     "track1": Experiment("Track I in miniature", of.TRACK1, 16, FRESH, track1_figure),
-    "rivals": Experiment("Beside others that hold", of.RIVALS, 16, FRESH),
+    "long": Experiment("Four times as many steps", of.LONG, 4, FRESH),
+    "alone": Experiment("Without a useful friend: are more answers right?", of.NO_FRIEND, 4, FRESH),
+    "rivals": Experiment("Beside others that hold", of.RIVALS, 8, FRESH + 8),
     "friend": Experiment("Which friend? The least reliable one with whom GRPO drifts", of.FRIENDS, 8, TUNING),
     "form": Experiment("Which form? The fewest changes that hold", of.FORMS, 8, TUNING),
     "taken": Experiment("Which of the nine changes matter? The hardest tuning seed", of.TAKEN_AWAY, 1, HARDEST),
-    "helps": Experiment("When do the paper's constants help? By friend", of.HELPS, 6, FRESH),
+    "helps": Experiment("When do the paper's constants help? By friend", of.HELPS, 3, FRESH),
     "phase": Experiment("When does it help? The world's two dials", of.before(of.PHASE), 1, OLD, phase_figure),
     "ladder": Experiment("From the paper's constants to nine changes", of.before(of.LADDER), 2, OLD),
     "baselines": Experiment("Policy losses, each with and without CLIPO", of.before(of.BASELINES), 1, OLD),
@@ -124,7 +126,7 @@ def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps:
         parts.append("Made in the world and the form before the present ones (docs/worlds.md), with the code of then.")
     if missing:
         parts.append(f"Not complete yet: {', '.join(missing)}.")
-    if name in ("track1", "rivals") and all(lines.values()):
+    if name in ("track1", "rivals", "long") and all(lines.values()):
         parts += ['Right answers to "P0, friend wrong"; held: no more than ten points below the start.']
         parts.append(counts_table(arms, lines))
     parts.append(comparison(arms, lines))

@@ -44,7 +44,7 @@ from tasks.toy import Story, ToyTask, World, is_sound, soundness
 PRETRAINED = {"smollm": ROOT / "runs" / "smollm"}  # a size that is a model of its own: python -m lab.smollm runs/smollm
 
 
-ONLY_SPEED = ("max_batch", "cuda_graphs", "micro_batch_tokens", "recompute_activations")
+ONLY_SPEED = ("max_batch", "cuda_graphs", "compile", "micro_batch_tokens", "recompute_activations")
 CONTRASTIVE = (
     "contrastive_kind", "contrastive_scope", "tau", "reward_floor", "reward_ceiling", "reward_from_chance",
     "shuffle_contrast", "center_hidden", "d_embed", "head_mlp", "head_lr", "head_weight_decay", "head_steps",
@@ -71,7 +71,7 @@ class Run:
     config: dict = field(default_factory=dict)  # `all_settings`; "start": none; "frozen": {arm: all_settings}
     world: dict = field(default_factory=dict)  # all dials of toy.World
     trainer: str = ""  # one of lab.referees.TRAINERS
-    doubled: int = 0  # 1: go on to twice the steps, and evaluate there too
+    doubled: int = 0  # so many times it goes on to twice the steps, and is evaluated there too
     size: str = "tiny"  # of the model, one of toy.SIZES or PRETRAINED
     batches: int = 600  # of the warm start
     stories: int = 300  # of each level in an evaluation
@@ -163,6 +163,7 @@ def evaluation(run: Run, model, tokenizer, world: World) -> dict:
     return measure_table(model, tokenizer, count=run.stories, world=world)
 
 
+EVALUATED = "greedy", "greedy_twice", "greedy_four_times"  # after the run's steps, and each time it was doubled
 KEPT = (
     "accuracy", "process", "on_floor", "contrastive_reward_std", "groups_without_contrast", "entropy", "sound_share",
     "cosine", "gap", "push_sound", "push_unsound", "push_wrong",
@@ -182,10 +183,8 @@ def execute_train(run: Run, runs: Path, device: torch.device) -> dict:
     runs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=runs, prefix="run-") as out:
         shared = ["--out", out, "--device", device, "--test-stories", 0, "--save-every", 10**6]
-        for name, options in (
-            ("greedy", begin),
-            ("greedy_twice", ["--resume", "--steps", 2 * steps]),
-        )[: 1 + run.doubled]:
+        for times, name in enumerate(EVALUATED[: 1 + run.doubled]):
+            options = ["--resume", "--steps", steps << times] if times else begin
             quietly(train.main, [*options, *shared], task, trainer)
             found[name] = evaluation(run, *load_model(out, device), world)
         metrics = read_lines(Path(out) / "metrics.jsonl")

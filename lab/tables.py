@@ -10,6 +10,7 @@ from scipy import stats
 from config import CLIPOConfig
 from lab.arms import FROZEN, TRACK1, Arm
 from lab.provenance import markdown
+from lab.runs import EVALUATED
 from tasks import toy
 
 STEPS = CLIPOConfig.for_track("toy").steps
@@ -64,7 +65,7 @@ def percent(values: Sequence[float]) -> str:
     return f"{100 * np.mean(values):.0f} ({', '.join(f'{100 * v:.0f}' for v in values)})"
 
 
-def way(lines: Lines, arm: str, against: str, ceiling: str, *what: str) -> float | None:
+def way(lines: Lines, arm: str, against: str, ceiling: str | None, *what: str) -> float | None:
     """The share of the way from `against` to the ceiling that an arm has come: of the means over their common seeds."""
     ours, floor, top = (
         {line["seed"]: share(line, *what) for line in lines.get(name, [])} for name in (arm, against, ceiling)
@@ -105,7 +106,7 @@ def decimal(value: float) -> str:
 
 HELD = 0.10  # a start is held that loses no more of its right answers
 EARLY = slice(0, 10)  # the steps whose push is told: before there is much to copy, or to hold
-TIMES = {"": "greedy", "_twice": "greedy_twice"}  # after the usual number of steps, and after twice as many
+TIMES = {"": "greedy", "_twice": "greedy_twice"}  # after the usual number of steps, and after twice as many: track1
 
 
 def lied_to(line: dict, how: str = "greedy") -> float:
@@ -133,7 +134,7 @@ def counted(arm: str, lines: Lines, how: str) -> dict:
     if arm == "warm start":
         steps, how = 0, "greedy"
     else:
-        steps = STEPS if how == "greedy" else 2 * STEPS
+        steps = STEPS << EVALUATED.index(how)
     lied, compared = [lied_to(line, how) for line in mine], arm not in ("warm start", "GRPO")
     above = [lied_to(line, how) - lied_to(starts[line["seed"]]) for line in mine]
     return {
@@ -152,8 +153,8 @@ def counted(arm: str, lines: Lines, how: str) -> dict:
 
 
 def counts_table(arms: dict[str, Arm], lines: Lines) -> str:
-    """The warm start, and every arm after the usual number of steps and after twice as many."""
-    times = [(arm, how) for how in TIMES.values() for arm in arms if arm != "warm start"]
+    """The warm start, and every arm each time that it was evaluated."""
+    times = [(arm, how) for how in EVALUATED for arm in arms if arm != "warm start" and how in lines[arm][0]]
     return markdown([counted(arm, lines, how) for arm, how in [("warm start", ""), *times]])
 
 

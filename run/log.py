@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from clipo import Scored
 from config import CLIPOConfig
+from engine.check import not_compiled
 from engine.graphs import captures_failed
 from engine.guard import Trainer
 from engine.memory import device_bytes, memory_plan
@@ -42,6 +43,8 @@ class Log:
         metrics = step_metrics(self.trainer, scored) | (self.task.measure(scored) if scored else {})
         if self.trainer.policy in captures_failed:
             metrics["without_cuda_graphs"] = captures_failed[self.trainer.policy]
+        if why := not_compiled.get(self.trainer.policy):
+            metrics["not_compiled"] = why
         folder.append_line(self.out / "metrics.jsonl", metrics)
         for row in logged_groups(scored, self.task, self.groups, self.trainer.config) if scored else ():
             folder.append_line(self.out / "rollouts.jsonl", {"step": metrics["step"], **row})

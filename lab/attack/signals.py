@@ -28,7 +28,7 @@ RUN = (
     "--warm-start-batches 40 --prompts-per-step 2 --samples-per-prompt 4 --max-new-tokens 8 --head-warmup-steps 1 "
     "--lr-warmup-steps 1 --steps 20 --save-every 1 --device cpu"
 ).split()
-SHORTER = "--warm-start-batches 10 --steps 8".split()
+SHORTER = "--warm-start-batches 6 --steps 5".split()
 EVALUATION = ["--test-stories", "5"]
 
 

@@ -37,7 +37,7 @@ def decode_table(machine: Machine, load: Load | None = None) -> list[dict]:
             rows.extend(kernels(machine, plainly, model.config.num_hidden_layers))
 
     with mock.patch.object(CapturedSteps, "__call__", run):
-        generate(model, prompts, samples_per_prompt=load.G, max_new_tokens=load.T, eos_token_id=1)
+        generate(model, prompts, samples_per_prompt=load.G, max_new_tokens=load.T, eos_token_id=1, compiled=True)
     position = torch.tensor([len(prompt) + 4 for prompt in prompts for _ in range(load.G)])
     least = least_seconds(model, 1, position, 0, machine.rates())
     floor = {"what": "the least: its bytes at the copy rate, or its flops", "microseconds": f"{1e6 * least:,.0f}"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import transformers
@@ -91,10 +92,10 @@ def rollouts_rows(machine: Machine, load: Load, peers: Sequence[str] | None = No
     model, prompts, eos = make_model(load.size, machine), make_prompts(load), ending_ids(load)
     ours, produced, peaks = "ours", {}, {}
 
-    def our_rollouts(seed: int) -> clipo.Rollouts:
+    def our_rollouts(seed: int, compiled: bool = machine.on_gpu) -> clipo.Rollouts:
         return generate(
             model, prompts, samples_per_prompt=load.G, max_new_tokens=load.T, eos_token_id=eos,
-            generator=torch.Generator().manual_seed(seed + 1),
+            generator=torch.Generator().manual_seed(seed + 1), compiled=compiled,
         )  # fmt: skip
 
     def count(name: str, side: Callable) -> Callable:
@@ -107,7 +108,9 @@ def rollouts_rows(machine: Machine, load: Load, peers: Sequence[str] | None = No
 
         return run
 
-    sides = {ours: our_rollouts}
+    sides = {ours: our_rollouts} | (
+        {"ours, not compiled": partial(our_rollouts, compiled=False)} if machine.on_gpu else {}
+    )
     for peer in peers or list(PEERS)[: None if machine.on_gpu else 1]:
         told = PEERS[peer]
         sides[peer] = (

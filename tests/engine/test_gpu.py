@@ -10,6 +10,7 @@ from test_batch import assert_same, roll_out
 from test_safety import TINY_RUN
 from test_step import ANSWERS, SMALL, TOKENIZER, even, step
 
+import engine.compiled as compiled
 import engine.forward as forward
 import engine.graphs as graphs
 import engine.rollouts as fast
@@ -44,6 +45,20 @@ def test_waves_and_greedy_rollouts_equal_the_cpus(qwen2, max_batch, temperature)
     for cuda_graphs in (True, False):
         got = roll_out(copy.deepcopy(qwen2).cuda(), **chosen, cuda_graphs=cuda_graphs)
         assert_same(on_cpu(got), expected)
+
+
+@needs_gpu
+def test_compiled_steps_equal_the_cpus_and_are_captured(qwen2, monkeypatch):
+    if torch.version.cuda is None:  # an emulated device: no compiler knows it, and the function is the same
+        monkeypatch.setattr(compiled, "compiled_layer", lambda: compiled.layer)
+    expected = roll_out(qwen2, max_new_tokens=40)
+    captured, capture = [], graphs.CapturedSteps.capture
+    monkeypatch.setattr(
+        graphs.CapturedSteps, "capture", lambda self, kind: captured.append(kind) or capture(self, kind)
+    )
+    got = roll_out(copy.deepcopy(qwen2).cuda(), max_new_tokens=40, max_batch=7, compiled=True, cuda_graphs=True)
+    assert_same(on_cpu(got), expected)
+    assert captured and all(rows > 1 for rows, _ in captured)
 
 
 @pytest.mark.parametrize("keys", [1, 15, 16, 40])

@@ -26,7 +26,8 @@ def test_one_step_under_the_microscope():
     pictures = [sum("image/png" in output.get("data", {}) for output in cell.outputs) for cell in code]
     assert sum(pictures) == 2  # a reader on the web sees them
     for cell in code:
-        cell.outputs = []
+        cell.outputs, source = [], cell.source
+        cell.source = source.replace("batches=200", "batches=100")  # a worse model does, and half a minute is saved
     folder = {"metadata": {"path": str(ROOT / "exercises")}}
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=folder).execute()
     assert [sum("image/png" in output.get("data", {}) for output in cell.outputs) for cell in code] == pictures

@@ -1,6 +1,7 @@
 """lab.gpu: what there is to measure, what a stopped or failed run leaves, and what a decode step may not do."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from lab import gpu
 from lab.bench.machine import Machine, compare
 from lab.bench.waits import WATCHED, waits_table
 from lab.gpu import Piece
+
+real_pieces = gpu.PIECES
 
 
 @pytest.fixture
@@ -58,6 +61,27 @@ def test_an_unknown_piece_gets_one_line(capsys):
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.startswith("error: unknown piece 'nothing'; expected some of: rates, exact")
     assert said.count("\n") == 1
+
+
+def test_in_some_minutes_what_is_worth_most_comes_first_and_what_does_not_fit_is_left_out(lab, monkeypatch, capsys):
+    assert set(gpu.FIRST) <= set(real_pieces)
+    lab.broken.clear()
+    monkeypatch.setattr(gpu, "FIRST", ("two-more", "two"))
+    now, pieces = [0.0], gpu.PIECES
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: now[0])
+    for name, piece in pieces.items():  # each takes its minute, and a half
+
+        def measure(machine, work=piece.measure):
+            now[0] += 90
+            return work(machine)
+
+        pieces[name] = replace(piece, measure=measure)
+    assert lab("--minutes", "3") == 0 and lab.ran == ["two-more", "two"]
+    assert "one: left out, it takes some 1 minutes and 0.0 are left" in capsys.readouterr().out
+    assert lab("--minutes", "1") == 0 and lab.ran == ["one"]
+    with pytest.raises(SystemExit):
+        lab("--minutes", "0")
+    assert "error: --minutes is 0.0; expected a number above 0" in capsys.readouterr().err
 
 
 def test_a_piece_that_fails_is_recorded_and_only_it_runs_again(lab, capsys):
