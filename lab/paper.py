@@ -192,9 +192,15 @@ def tabulate_tsne(out: Path) -> None:
     (out / "tsne.md").write_text(f"# t-SNE: what its panels are worth\n\n{about}\n\n{table}\n", encoding="utf-8")
 
 
-def make_and_draw(name: str, out: Path, given: argparse.Namespace) -> bool:
-    """One experiment, as the command line asks for it. False if there is nothing to draw."""
+def make_and_draw(name: str, out: Path, known: dict[str, dict], given: argparse.Namespace) -> bool:
+    """One experiment, as the command line asks for it; `known` gains its runs. False if there is nothing to draw."""
     file, runs = out / "runs.jsonl", ROOT / "runs" / "paper"
+
+    def run(wanted: list[Run]) -> None:
+        if not given.draw:
+            make(wanted, file, runs, given.workers, given.device)
+            known.update(known_runs(file))
+
     if name == "tsne":
         points = out / "tsne.npz"
         if not given.draw:
@@ -206,14 +212,12 @@ def make_and_draw(name: str, out: Path, given: argparse.Namespace) -> bool:
         tabulate_tsne(out)
         return True
     if name == "push":
-        return draw_push(out, known_runs(file))
+        return draw_push(out, known)
     if name == "frozen":
-        if not given.draw:
-            make(frozen_runs(), file, runs, given.workers, given.device)
-        return draw_frozen(out, known_runs(file))
-    if not given.draw:
-        make(wanted(name, given.seeds, given.steps), file, runs, given.workers, given.device)
-    return draw(name, out, known_runs(file), given.seeds, given.steps)
+        run(frozen_runs())
+        return draw_frozen(out, known)
+    run(wanted(name, given.seeds, given.steps))
+    return draw(name, out, known, given.seeds, given.steps)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -240,10 +244,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = everything if given.name == "all" else [given.name]
     out = given.out or (ROOT / "runs" / "trial" if given.seeds or given.steps else ROOT / "results")
     out.mkdir(parents=True, exist_ok=True)
+    known = known_runs(out / "runs.jsonl")
     try:
         for name in names:
             file = "push.png" if name == "push" else f"{name}.md"
-            print(out / file if make_and_draw(name, out, given) else f"{name}: not run yet")
+            print(out / file if make_and_draw(name, out, known, given) else f"{name}: not run yet")
     except KeyboardInterrupt:
         print("stopped; what is finished stays, and the same command goes on", file=sys.stderr)
         return 130

@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
     """A toy model after a few supervised batches: it writes answers, right and wrong."""
     folder, tokenizer = tmp_path_factory.mktemp("models") / "small", toy.make_tokenizer()
     model = run_warm_start.make_model("tiny", tokenizer, seed=0)
-    run_warm_start.warm_start(model, tokenizer, seed=0, batches=40)
+    run_warm_start.warm_start(model, tokenizer, seed=0, batches=50, batch_size=24)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
