@@ -103,7 +103,7 @@ def one_run(given: dict, new_task: Callable, new_trainer: Callable) -> int:
         out.mkdir(parents=True, exist_ok=True)
         with folder.only_one(out / "lock"):
             trainer, task = open_run(settings, out, device, resume, stop, new_task, new_trainer)
-            announce(trainer, task)
+            announce(trainer, task, second=bool(grpo_folder))
             early = train(trainer, task, out, given, stop)
             if early and (early != "stopped" or trainer.steps_done < trainer.config.steps):  # broken, or not yet done
                 write_page([out])

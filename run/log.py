@@ -185,12 +185,17 @@ def logged_groups(scored: Scored, task: ToyTask | DataTask, count: int, config: 
 # ----------------------------------------------------------------------------------------------------
 
 
-def announce(trainer: Trainer, task: ToyTask | DataTask) -> None:
-    """The memory plan, and warnings: too little memory, nothing but warm-up, --max-new-tokens too short."""
+def announce(trainer: Trainer, task: ToyTask | DataTask, second: bool = False) -> None:
+    """The memory plan, and warnings: too little memory, nothing but warm-up, --max-new-tokens too short.
+
+    Of two runs the second says what only it has to say.
+    """
     config, device = trainer.config, trainer.policy.device
     if config.weight > 0 and config.steps <= config.head_warmup_steps:
         print(f"all {config.steps} steps are head warm-up (--head-warmup-steps {config.head_warmup_steps}): the policy "
               "will not change")  # fmt: skip
+    if second:
+        return
     plan = memory_plan(trainer.policy, config, task.longest_prompt, config.in_bfloat16(device.type))
     print(plan)
     if config.recompute_activations:

@@ -1,13 +1,16 @@
 """README.md and docs/: short enough, and everything that they name is there."""
 
+import importlib
 import importlib.util
 import re
 from pkgutil import resolve_name
 
 import pytest
 from conftest import ROOT
+from test_safety import TINY_RUN
 
 import eval as evaluation
+import train
 import tsne
 from run import settings as run_settings
 
@@ -24,7 +27,7 @@ def paper_to_code():
 
 
 def test_the_readme_is_short():
-    assert len(README.read_text().split()) <= 1500
+    assert len(README.read_text().split()) <= 1400
 
 
 def test_there_are_six_pages():
@@ -86,3 +89,46 @@ def test_the_map_names_functions_and_options_of_train():
 @pytest.mark.parametrize("option, value", re.findall(r"(--[a-z-]+) ([\w.]+)", paper_to_code()))
 def test_what_the_map_gives_to_options_is_accepted(option, value):
     assert run_settings.parser().parse_args([option, value])
+
+
+# ----------------------------------------------------------------------------------------------------
+# What the pages tell to type, typed: what takes seconds
+# ----------------------------------------------------------------------------------------------------
+
+
+def told(*words):
+    """The lines of README and docs/ to be typed that hold these words, without their comments."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    lines = {line.strip().partition("  #")[0].strip() for line in text.splitlines()}
+    lines |= {" ".join(command.split()) for command in re.findall(r"`(python [^`]+)`", text)}
+    found = sorted(line for line in lines if line.startswith("python ") and all(word in line for word in words))
+    assert found, words
+    return found
+
+
+def typed(line):
+    """Its status, run here: `python x.py ...` or `python -m x.y ...`."""
+    program, *arguments = line.removeprefix("python ").removeprefix("-m ").split()
+    return importlib.import_module(program.removesuffix(".py")).main(arguments)
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    """A folder with runs/toy and runs/toy-grpo of two steps, evaluated on some stories."""
+    folder = tmp_path_factory.mktemp("typed")
+    for name, weight in (("toy-grpo", ["--weight", "0"]), ("toy", [])):
+        out = str(folder / "runs" / name)
+        assert train.main([*TINY_RUN, *weight, "--steps", "2", "--device", "cpu", "--out", out]) == 0
+        assert evaluation.main([out, "--limit", "5", "--device", "cpu"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words", [("run.page", "runs/toy "), ("eval.py", "--compare"), ("engine.memory",), ("lab.gpu", "--plan")]
+)
+def test_what_is_told_to_type_works(words, two_runs, monkeypatch, capsys):
+    monkeypatch.chdir(two_runs)
+    for line in told(*words):
+        assert typed(line) == 0, line
+        said = capsys.readouterr()
+        assert said.out.strip() and "error" not in said.err

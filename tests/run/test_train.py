@@ -112,7 +112,7 @@ def both(tmp_path_factory):
 
 def test_both_prints_one_table_of_start_grpo_and_clipo(both):
     grpo, ours, _, _, stdout = both
-    assert stdout.count("10 stories a level") == 1
+    assert stdout.count("10 stories a level") == stdout.count("  and rollouts ") == 1
     assert re.search(r"a level +start +GRPO +CLIPO$", stdout, re.M)
     interval = r" +(\d+% \[\d+, \d+\]|none)"
     for title, _ in ROWS.values():
