@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import multiprocessing
 import shlex
 import signal
@@ -39,7 +40,7 @@ from run.settings import Settings, as_options
 from run.table import measure_table
 from run.warm_start import warm_started
 from tasks.grading import are_correct
-from tasks.toy import Story, ToyTask, World, is_sound, soundness
+from tasks.toy import Story, ToyTask, World, is_sound, push, soundness
 
 PRETRAINED = {"smollm": ROOT / "runs" / "smollm"}  # a size that is a model of its own: python -m lab.smollm runs/smollm
 
@@ -216,16 +217,24 @@ def calculates(story: Story, text: str) -> bool:
 
 
 class Frozen:
-    """What one head is paid on the rollouts of a frozen policy."""
+    """What one head is paid on the rollouts of a frozen policy: step by step, and all steps but the first together."""
 
     def __init__(self):
+        self.gap_by_step, self.push_by_step, self.loss_by_step = [], [], []
         self.gaps, self.on_floor = [], []
         self.advantages = {"calculated": [], "copied": []}
         self.by_right = {}  # {n right of a group: [groups, sum of their (copied - calculated)]}
 
-    def add(self, agreement: Agreement, correct: Tensor, sound: Tensor, calculated: Tensor, config: CLIPOConfig):
+    def add(self, agreement: Agreement, correct: Tensor, sound: Tensor, calculated: Tensor, config, measured: bool):
         reward = correct + agreement.reward
         advantage = group_advantages(reward, scale_by_std=config.scale_by_std)
+        pushes = push(advantage, correct, sound)
+        self.gap_by_step.append(mean_gap(agreement.reward, reward, correct, sound))
+        known = None not in (pushes["push_sound"], pushes["push_unsound"])
+        self.push_by_step.append(pushes["push_sound"] - pushes["push_unsound"] if known else None)
+        self.loss_by_step.append(agreement.loss[agreement.pairs.anchor].mean().item())
+        if not measured:
+            return
         self.gaps += [gap for _, gap in payments(agreement.reward, reward, correct, sound)]
         self.on_floor += (agreement.reward[agreement.pairs.anchor] <= config.reward_floor).tolist()
         self.advantages["calculated"] += advantage[calculated].tolist()
@@ -242,6 +251,7 @@ class Frozen:
             "on_floor": sum(self.on_floor) / max(1, len(self.on_floor)),
             **means,
             "by_right": {str(n): cell for n, cell in sorted(self.by_right.items())},
+            **{name: getattr(self, name) for name in ("gap_by_step", "push_by_step", "loss_by_step")},
         }
 
 
@@ -274,8 +284,7 @@ def execute_frozen(run: Run, runs: Path, device: torch.device) -> dict:
         for arm, trainer in trainers.items():
             agreement = trainer.contrastive_step(sampled.rollouts.hidden, sampled.correct)
             trainer.steps_done += 1
-            if measured:
-                found[arm].add(agreement, sampled.correct, sound, calculated, trainer.config)
+            found[arm].add(agreement, sampled.correct, sound, calculated, trainer.config, measured)
     return {
         "arms": {arm: frozen.summary() for arm, frozen in found.items()},
         "right": {kind: sum(flags) / max(1, len(flags)) for kind, flags in right.items()},
@@ -322,9 +331,10 @@ def known_runs(file: Path) -> dict[str, dict]:
     return {Run(**{n: line[n] for n in names}).key: line for line in read_lines(file)}
 
 
-def make(wanted: Sequence[Run], file: Path, runs: Path, workers: int, device: str) -> None:
+def make(wanted: Sequence[Run], file: Path, runs: Path, workers: int, device: str, until: float = math.inf) -> None:
     """Bring every wanted run, and the warm start it begins with, into the results file; a process and a thread each.
 
+    until: a time.time() after which none is to end; none begins that would, if it took as long as its worker's longest.
     Raises RuntimeError, when all others are done, if one failed.
     """
     have = known_runs(file)
@@ -337,11 +347,13 @@ def make(wanted: Sequence[Run], file: Path, runs: Path, workers: int, device: st
         workers, begin_worker
     )  # ended with this block, whatever comes
     with processes as pool, tqdm(total=len(missing), desc="runs", disable=not missing) as bar:
-        for line, error in pool.imap_unordered(partial(attempt, runs=runs.resolve(), device=device), missing):
-            if line is None:
-                failed.append(error)
-            else:
+        for line, error in pool.imap_unordered(
+            partial(attempt, runs=runs.resolve(), device=device, until=until), missing
+        ):
+            if line:
                 append_line(file, line)
+            elif error:
+                failed.append(error)
             bar.update()
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(missing)} runs failed; the first:\n{failed[0]}")
@@ -355,9 +367,17 @@ def begin_worker() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def attempt(run: Run, runs: Path, device: str) -> tuple[dict | None, str]:
-    """Its line, or None and what went wrong."""
+longest = 0.0  # seconds that one of this worker's runs took
+
+
+def attempt(run: Run, runs: Path, device: str, until: float) -> tuple[dict | None, str]:
+    """Its line, or None and what went wrong; None and nothing if there is no time for it."""
+    global longest
+    if time.time() + longest > until:
+        return None, ""
     try:
-        return execute(run, runs, torch.device(device)), ""
+        line = execute(run, runs, torch.device(device))
     except Exception:
         return None, f"{run.key}\n{traceback.format_exc()[-2000:]}"
+    longest = max(longest, line["seconds"])
+    return line, ""

@@ -46,10 +46,10 @@ def test_a_pretrained_model_has_a_warm_start_of_its_own(tmp_path, monkeypatch, c
     run = arms.SMOLLM["CLIPO"].run(16)
     assert (run.size, run.batches, run.stories, run.start.size, run.start.batches) == (
         "smollm",
-        100,
-        100,
+        600,
+        200,
         "smollm",
-        100,
+        600,
     )
     asked = {}
     monkeypatch.setattr(runs, "warm_started", lambda *known, **named: asked.update(named) or tmp_path)
@@ -138,15 +138,32 @@ def test_the_push_of_the_first_ten_steps():
 def test_what_a_frozen_policys_head_is_paid_by_hand():
     frozen, right = runs.Frozen(), torch.tensor([[True, True, False, False]])
     pairs = clipo.draw_pairs(right)
-    agreement = clipo.Agreement(None, pairs, None, torch.tensor([[0.0, -0.5, 0.0, 0.0]]), None)
+    loss, rc = torch.tensor([[0.0, 3.0, 9.0, 9.0]]), torch.tensor([[0.0, -0.5, 0.0, 0.0]])
+    agreement = clipo.Agreement(None, pairs, loss, rc, None)
     calculated = torch.tensor([[True, False, True, False]])
-    frozen.add(agreement, right, calculated & right, calculated, CLIPOConfig())
+    frozen.add(agreement, right, calculated & right, calculated, CLIPOConfig(), measured=False)
+    assert frozen.gaps == []  # a step of the first third is told by itself alone
+    frozen.add(agreement, right, calculated & right, calculated, CLIPOConfig(), measured=True)
     advantage = clipo.group_advantages(torch.tensor([[1.0, 0.5, 0.0, 0.0]]))[0]
     found = frozen.summary()
     assert found["calculated"] == pytest.approx(((advantage[0] + advantage[2]) / 2).item())
     assert found["copied"] == pytest.approx(((advantage[1] + advantage[3]) / 2).item())
     assert found["by_right"] == {"2": [1, pytest.approx(found["copied"] - found["calculated"])]}
-    assert found["on_floor"] == 0.5 and found["gap"] == pytest.approx((advantage[0] - advantage[1]).item(), rel=1e-4)
+    apart = pytest.approx((advantage[0] - advantage[1]).item(), rel=1e-4)
+    assert found["on_floor"] == 0.5 and found["gap"] == apart and found["loss_by_step"] == [1.5, 1.5]
+    assert found["gap_by_step"] == [apart, apart] and found["push_by_step"] == [apart, apart]
+
+
+def test_no_run_begins_that_would_not_end_in_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "longest", 0.0)
+    monkeypatch.setattr(runs, "execute", lambda run, *_: {"seconds": 30})
+    now = runs.time.time()
+    assert runs.attempt(Run("start", 0), tmp_path, "cpu", until=now + 10) == (
+        {"seconds": 30},
+        "",
+    )  # nothing is known yet
+    assert runs.attempt(Run("start", 1), tmp_path, "cpu", until=now + 10) == (None, "")
+    assert runs.attempt(Run("start", 1), tmp_path, "cpu", until=now + 60) == ({"seconds": 30}, "")
 
 
 def test_dots_of_equal_seeds_stand_beside_each_other():
