@@ -45,15 +45,15 @@ from tasks.toy import is_sound
 def evaluate(model, tokenizer, benchmark: str, problems: Sequence[Problem], done: int, given: Evaluation):
     """Yields the lines of rollouts.jsonl for problems[done:], a chunk at a time.
 
-    The draws of a chunk follow from the seed, the benchmark and the chunk's place, so that a stopped evaluation
-    goes on as if it had not been.
+    The draws of a chunk follow from the seed, the benchmark (of a file its name) and the chunk's place, so that a
+    stopped evaluation goes on as if it had not been.
     """
     decoding, size = given.decoding_for(benchmark), given.chunk(benchmark)
     suffix = "" if benchmark in TOY_LEVELS else SUFFIX
     for first in range(done, len(problems), size):
         chunk = problems[first : first + size]
         prompts = [prompt_ids(tokenizer, problem.question, suffix) for problem in chunk]
-        seed = random.Random(f"{given.seed} {benchmark} {first}").getrandbits(63)
+        seed = random.Random(f"{given.seed} {Path(benchmark).name} {first}").getrandbits(63)
         start = time.perf_counter()
         responses = respond(model, tokenizer, prompts, decoding, given, seed)
         seconds = (time.perf_counter() - start) / len(chunk)

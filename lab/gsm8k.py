@@ -1,14 +1,19 @@
-"""GSM8K with a pretrained model of 135M, on one GPU: a short supervised start, then the paper's first track from it.
+"""Real questions on one GPU: GSM8K with a pretrained model of 135M. It is the recipe for 0.5B or 1.5B, too.
 
     pip install -r requirements.txt -r lab/requirements.txt
     python -m lab.smollm runs/smollm
     python -m lab.gsm8k                                      eight minutes of it; the same command goes on, to the table
-    python -m lab.gsm8k --train rows.jsonl --test gsm8k.jsonl p1.jsonl p2.jsonl           from files, without the hub
+    python -m lab.gsm8k --minutes 12                         in a quarter of an hour on a GPU
+    python -m lab.gsm8k --train rows.jsonl --test gsm8k.jsonl p1.jsonl            from files, without the hub
 
-Its parts, in turn: the model learns to imitate GSM8K's worked solutions, with the answer in \\boxed{}; from there go
-GRPO, CLIPO in our form and CLIPO with the paper's constants; then all four are evaluated greedily. SETTINGS are what
-is not the paper's: so many steps of so many prompts as fit into minutes, and a larger learning rate for a smaller
-model. They were not tuned.
+A verdict teaches only where it differs within a group. So, in turn:
+    start      the model learns to imitate GSM8K's worked solutions, with the answer in \\boxed{}
+    questions  it answers others of the training set 16 times each; those are kept that it solves in 2 to 14 of 16
+    arms       GRPO, CLIPO in our form, its rewards shuffled, and CLIPO with the paper's constants, on these questions
+    answers    start and arms answer unseen questions of the training set, and the tests: greedily and sampled, all and
+               by the number of steps in the solution
+SETTINGS are what is not the paper's: as many steps of as many questions as fit into minutes, and a larger learning rate
+for a smaller model. They were not tuned.
 """
 
 from __future__ import annotations
@@ -30,12 +35,11 @@ import train
 from border import OptionParser, UserError, status_of
 from config import INFORMATIVE
 from lab.provenance import ROOT, markdown
-from run import folder as run_folder
+from run import folder, stopping
 from run import models as run_models
-from run import stopping
 from run import warm_start as run_warm_start
 from run.evaluation import load_benchmark
-from run.scores import cell
+from run.scores import cell, summarise
 from run.settings import as_options
 from tasks.data import SUFFIX, load_file, load_from_hub
 from tasks.grading import extract_answer
@@ -43,8 +47,16 @@ from tasks.grading import extract_answer
 SETTINGS = dict(
     steps=60, prompts_per_step=64, mini_batch_prompts=64, max_new_tokens=256, head_warmup_steps=6, lr=5e-6
 )  # fmt: skip
-ARMS = {"grpo": {"weight": 0.0}, "clipo": INFORMATIVE, "clipo-paper": {}}
+ARMS = {
+    "grpo": {"weight": 0.0},
+    "clipo": INFORMATIVE,
+    "clipo-shuffled": {**INFORMATIVE, "shuffle_contrast": True},
+    "clipo-paper": {},
+}
 TESTS = ["gsm8k", "gsm_symbolic", "gsm_p1", "gsm_p2"]
+SAMPLES = 16  # answers of the start to a question that may be trained on; of each model, when it is measured, a quarter
+SOLVED = range(2, 15)  # so many of them right: neither too hard nor too easy
+UNSEEN = 500  # questions of the training set that nothing is trained on, a tenth if there are few
 
 
 class TimeOver(Exception):
@@ -62,67 +74,131 @@ def boxed(solution: str) -> str:
     return f"{re.sub('<<.*?>>', '', work).strip()}\nThe answer is \\boxed{{{answer.strip()}}}."
 
 
+def worked_solutions(source: str) -> list[dict]:
+    """Rows as on the hub: `question`, and in `answer` the worked solution and the number. Raises UserError."""
+    rows = load_from_hub(source, "train") if source == "gsm8k" else load_file(Path(source))
+    answers = [row.get("answer") if isinstance(row, dict) else None for row in rows]
+    worked = [a for a in answers if isinstance(a, str) and a.partition("####")[0].strip() and extract_answer(a)]
+    if not rows or len(worked) < len(rows):
+        raise UserError(
+            f"{source}: {len(worked)} of {len(rows)} rows hold a worked solution; expected in each a question, and "
+            'as its answer the solution and "#### 72"'
+        )
+    return rows
+
+
+def steps_of(solution: str) -> str:
+    """How many steps a worked solution has, as the table counts them: by its notes for a calculator.
+
+    >>> steps_of("3 + 4 = <<3+4=7>>7\\n7 + 1 = <<7+1=8>>8\\n#### 8"), steps_of("#### 8")
+    ('1 or 2', '1 or 2')
+    """
+    steps = solution.count("<<")
+    return "1 or 2" if steps < 3 else "3 or 4" if steps < 5 else "5 or more"
+
+
 class Solutions:
-    """Demonstrates worked solutions, at random; rows as on the hub: `question`, `answer`. Raises UserError."""
+    """Demonstrates worked solutions, at random."""
 
     suffix = SUFFIX
 
-    def __init__(self, source: str, seed: int):
-        rows = load_from_hub(source, "train") if source == "gsm8k" else load_file(Path(source))
-        answers = [row.get("answer") if isinstance(row, dict) else None for row in rows]
-        worked = [a for a in answers if isinstance(a, str) and a.partition("####")[0].strip() and extract_answer(a)]
-        if not rows or len(worked) < len(rows):
-            raise UserError(
-                f"{source}: {len(worked)} of {len(rows)} rows hold a worked solution; expected in each a question, and "
-                'as its answer the solution and "#### 72"'
-            )
-        self.pairs = [(row["question"], boxed(answer)) for row, answer in zip(rows, answers, strict=True)]
+    def __init__(self, rows: Sequence[dict], seed: int):
+        self.pairs = [(row["question"], boxed(row["answer"])) for row in rows]
         self.random = random.Random(f"solutions {seed}")
 
     def pair(self) -> tuple[str, str]:
         return self.random.choice(self.pairs)
 
 
-def all_parts(given: argparse.Namespace) -> None:
-    """Do what is not done yet. Raises KeyboardInterrupt where a part was stopped, UserError where it failed."""
-    start, device = given.out / "start", run_models.device_from(given.device)
+def all_parts(given: argparse.Namespace) -> dict[str, dict]:
+    """Do what is not done yet; each model's measurements. Raises KeyboardInterrupt where a part was stopped, UserError.
+
+    {model: {"greedy" or "sampled": {test: its figures}, "steps": {how many: figures of the sampled unseen}}}
+    """
+    out, device, here = given.out, run_models.device_from(given.device), []
+    if given.device:
+        here = ["--device", given.device]
     for test in given.test:  # what is wrong there is said now, not after hours
         load_benchmark(test, 1, {})
-    given.out.mkdir(parents=True, exist_ok=True)
-    if not start.is_dir():
-        training = run_warm_start.WarmStart(
-            *run_models.load_model(given.model, device), Solutions(given.train, seed=0),
-            batches=given.batches, pretrained=True,
-        )  # fmt: skip
-        with stopping.StopAsked() as stop:
-            run_warm_start.make_warm_start(start, training, stop)
-        del training
-    here, folders = ["--device", given.device] if given.device else [], [start]
+    rows = worked_solutions(given.train)
+    unseen = min(UNSEEN, len(rows) // 10 + 1)
+    seen, held_out = rows[:-unseen], rows[-unseen:]
+    out.mkdir(parents=True, exist_ok=True)
+    make_start(given, seen, device)
+    if not (questions := out / "questions.jsonl").exists():
+        choose(seen, given, here)
+    folder.write_lines(out / "unseen.jsonl", held_out)
     for arm, changed in ARMS.items():
-        folders.append(out := given.out / arm)
-        if is_done(out):
+        if is_done(out / arm):
             continue
-        begin = [
-            "--model",
-            start,
-            "--data",
-            given.train,
-            "--track",
-            "gsm8k",
-            *as_options(SETTINGS | changed),
-            *given.more,
-        ]
-        begun = (out / "settings.json").exists()
-        ended(arm, train.main([*(["--resume"] if begun else begin), "--out", out, *here]))
-    longest = run_folder.read_settings(out)["config"]["max_new_tokens"]  # no longer answers than in training
-    asked = ["--resume", "--data", *given.test, "--max-new-tokens", str(longest), *here]
-    ended("eval.py", evaluation.main([*map(str, folders), *asked]))
+        settings = as_options(SETTINGS | changed)
+        begin = ["--model", out / "start", "--data", questions, "--track", "gsm8k", *settings, *given.more]
+        begun = (out / arm / "settings.json").exists()
+        ended(arm, train.main([*(["--resume"] if begun else begin), "--out", out / arm, *here]))
+    return {name: measured(name, held_out, given, here) for name in ("start", *ARMS)}
+
+
+def make_start(given: argparse.Namespace, seen: Sequence[dict], device) -> None:
+    """The supervised start, if it is not there."""
+    if (given.out / "start").is_dir():
+        return
+    model = run_models.load_model(given.model, device)
+    training = run_warm_start.WarmStart(*model, Solutions(seen, seed=0), batches=given.batches, pretrained=True)
+    with stopping.StopAsked() as stop:
+        run_warm_start.make_warm_start(given.out / "start", training, stop)
+
+
+def longest(given: argparse.Namespace) -> int:
+    """Tokens of an answer, in training and elsewhere."""
+    chosen = argparse.ArgumentParser()
+    chosen.add_argument("--max-new-tokens", type=int, default=SETTINGS["max_new_tokens"])
+    return chosen.parse_known_args(given.more)[0].max_new_tokens
+
+
+def answered(model: Path, out: Path, data: Sequence, samples: int, given: argparse.Namespace, here: list) -> list[dict]:
+    """The lines of eval.py: greedy answers, or several sampled ones."""
+    how = ["--samples", samples, "--temperature", int(samples > 1), "--max-new-tokens", longest(given), *here]
+    arguments = [model, "--out", out, "--resume", "--data", *data, *how]
+    ended("eval.py", evaluation.main(list(map(str, arguments))))
+    return folder.read_lines(out / "rollouts.jsonl")
+
+
+def choose(seen: Sequence[dict], given: argparse.Namespace, here: list) -> None:
+    """OUT/questions.jsonl: of so many questions those that the start solves now and then. Raises UserError."""
+    asked, start = given.out / "asked.jsonl", given.out / "start"
+    rows = random.Random("questions").sample(list(seen), min(given.questions, len(seen)))
+    folder.write_lines(asked, rows)
+    right = [sum(row["correct"]) for row in answered(start, given.out / "asked", [asked], SAMPLES, given, here)]
+    chosen = [row for row, n in zip(rows, right, strict=True) if n in SOLVED]
+    print(
+        f"of {len(rows)} questions the start solves {len(chosen)} in {SOLVED[0]} to {SOLVED[-1]} of {SAMPLES} samples"
+    )
+    if not chosen:
+        raise UserError(
+            f"none of {len(rows)} questions is solved in {SOLVED[0]} to {SOLVED[-1]} of {SAMPLES} samples; expected a "
+            f"larger --model, more --batches (in a fresh --out), or more --questions"
+        )
+    folder.write_lines(given.out / "questions.jsonl", chosen)
+
+
+def measured(name: str, held_out: Sequence[dict], given: argparse.Namespace, here: list) -> dict:
+    """Greedy and sampled answers of a model."""
+    model, unseen = given.out / name, given.out / "unseen.jsonl"
+    found = {}
+    for how, samples in (("greedy", 1), ("sampled", SAMPLES // 4)):
+        lines = answered(model, model / how, [unseen, *given.test], samples, given, here)
+        of = {test: [line for line in lines if line["benchmark"] == str(test)] for test in (unseen, *given.test)}
+        found[how] = {Path(test).stem: summarise(of[test])["pass@1"] for test in of}
+    steps = {}
+    for row, line in zip(held_out, of[unseen], strict=True):
+        steps.setdefault(steps_of(row["answer"]), []).append(line)
+    return {**found, "steps": {many: summarise(steps[many])["pass@1"] for many in sorted(steps)}}
 
 
 def is_done(run: Path) -> bool:
     """Has it saved its last step?"""
-    settings = run_folder.read_settings(run)
-    return bool(settings) and run_folder.state_folder(run, settings["config"]["steps"]).is_dir()
+    settings = folder.read_settings(run)
+    return bool(settings) and folder.state_folder(run, settings["config"]["steps"]).is_dir()
 
 
 def ended(part: str, status: int) -> None:
@@ -133,7 +209,7 @@ def ended(part: str, status: int) -> None:
 
 
 def go_on(given: argparse.Namespace) -> list[dict]:
-    """As much as there is time for; once all is done, greedy answers of each model. Raises TimeOver, UserError."""
+    """As much as there is time for; once all is done, each model's answers. Raises TimeOver, UserError."""
     over = threading.Event()
 
     def end() -> None:
@@ -143,17 +219,20 @@ def go_on(given: argparse.Namespace) -> list[dict]:
     clock = threading.Timer(60 * given.minutes, end)
     clock.start()
     try:
-        all_parts(given)
+        found = all_parts(given)
     except KeyboardInterrupt:
         if over.is_set():
             raise TimeOver("the time is over; the same command goes on") from None
         raise
     finally:
         clock.cancel()
-    found = {name: run_folder.read_json(given.out / name / "eval" / "results.json", {}) for name in ("start", *ARMS)}
     return [
-        {"model": name, **{test: cell(figures["pass@1"]) for test, figures in saved["results"].items()}}
-        for name, saved in found.items()
+        {
+            "model": name,
+            **{f"{test}, {how}": cell(share) for how in ("greedy", "sampled") for test, share in of[how].items()},
+            **{f"unseen, sampled, {many} steps": cell(share) for many, share in of["steps"].items()},
+        }
+        for name, of in found.items()
     ]
 
 
@@ -164,7 +243,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", default=str(ROOT / "runs" / "smollm"), help="(default: runs/smollm)")
     p.add_argument("--train", default="gsm8k", metavar="FILE", help="worked solutions (default: the hub's gsm8k)")
     p.add_argument("--test", nargs="+", default=TESTS, metavar="NAME_OR_FILE", help=f"(default: {' '.join(TESTS)})")
-    p.add_argument("--batches", type=int, default=400, metavar="N", help="of 32 solutions in the start (default: 400)")
+    p.add_argument("--batches", type=int, default=600, metavar="N", help="of 32 solutions in the start (default: 600)")
+    p.add_argument("--questions", type=int, default=2000, metavar="N", help="asked 16 times each (default: 2000)")
     p.add_argument("--minutes", type=float, default=8, help="after which it stops (default: 8)")
     p.add_argument("--out", type=Path, default=ROOT / "runs" / "gsm8k", metavar="FOLDER", help="(default: runs/gsm8k)")
     p.add_argument("--device", metavar="DEVICE", help="cpu, cuda, ... (default: a GPU if there is one)")
@@ -177,11 +257,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers.logging.disable_progress_bar()
     known = parser()
     given = known.parse_args(arguments)
-    for name in ("minutes", "batches"):
+    for name in ("minutes", "batches", "questions"):
         if not 0 < (value := getattr(given, name)) < 10**6:
             known.error(f"--{name} is {value}; expected a number above 0")
     try:
-        return status_of(lambda: print("\ngreedy answers right, in percent\n", markdown(go_on(given)), sep="\n"))
+        return status_of(
+            lambda: print("\nanswers right, in percent, with 95% intervals\n", markdown(go_on(given)), sep="\n")
+        )
     except (TimeOver, KeyboardInterrupt) as stopped:
         print(str(stopped) or "stopped; the same command goes on")
         return 130

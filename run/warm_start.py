@@ -22,9 +22,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from border import UserError
-from clipo import end_of_sequence_ids
+from clipo import end_of_sequence_ids, in_float32
 from engine.forward import output_logits, pad_right
-from engine.update import micro_batches
+from engine.update import LOGITS_AT_ONCE, micro_batches, run_twice
 from run import folder as run_folder
 from run.models import load_model
 from run.settings import Settings, checksums_now, checksums_of, refuse_changed
@@ -140,7 +140,7 @@ class WarmStart:
         pretrained: bool = False,
     ):
         self.model, self.tokenizer, self.batches, self.batch_size = model.train(), tokenizer, batches, batch_size
-        self.demonstrator, self.done = demonstrator, 0
+        self.demonstrator, self.done, self.pretrained = demonstrator, 0, pretrained
         self.end = end_of_sequence_ids(model, tokenizer)[0]
         if pretrained:
             self.optimizers = {"adam": torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98))}
@@ -164,14 +164,14 @@ class WarmStart:
         total = 0.0
         for rows in micro_batches([len(s) for s in sequences], budget):
             tokens = pad_right([sequences[row] for row in rows], device)  # (rows, S)
-            states = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
+            with self.mixed_precision():
+                states = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
             begins, ends = (
                 torch.tensor([[len(of[row])] for row in rows], device=device) for of in (questions, sequences)
             )
             place = torch.arange(1, tokens.shape[1], device=device)
             of_response = (place >= begins) & (place < ends)  # (rows, S-1)
-            logits = output_logits(self.model, states[of_response])  # (tokens to predict, V)
-            loss = F.cross_entropy(logits, tokens[:, 1:][of_response], reduction="sum") / learnt
+            loss = self.loss(states[of_response], tokens[:, 1:][of_response]) / learnt
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -184,6 +184,23 @@ class WarmStart:
             optimizer.zero_grad()
         self.done += 1
         return total
+
+    def mixed_precision(self):
+        """A pretrained model's products in bfloat16, on a GPU."""
+        return torch.autocast("cuda", torch.bfloat16, enabled=self.pretrained and self.model.device.type == "cuda")
+
+    def loss(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """The sum of -log p of tokens (n,), each from its state (n, D); in pieces where the vocabulary is large."""
+
+        def piece(states: Tensor, tokens: Tensor) -> Tensor:
+            with self.mixed_precision():
+                logits = in_float32(output_logits(self.model, states))  # (n, V)
+            return F.cross_entropy(logits, tokens, reduction="sum")
+
+        size = max(1, LOGITS_AT_ONCE // self.model.get_output_embeddings().out_features)
+        if len(tokens) <= size:
+            return piece(states, tokens)
+        return sum(run_twice(piece, *part) for part in zip(states.split(size), tokens.split(size), strict=True))
 
     def state(self) -> dict[str, Tensor]:
         """All that the batches to come depend on."""

@@ -1,14 +1,17 @@
 """GSM8K on a pretrained model, all of it, but on a small model and made-up rows; cut into chunks too."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_papers_models import MODELS, make_checkpoint
 
+from border import UserError
 from lab import gsm8k
 from run import folder as run_folder
 from run import models as run_models
+from run import scores
 from run import warm_start as run_warm_start
 from tasks import data as task_data
 
@@ -28,6 +31,15 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def half_right():
+    """What a random model writes is never right; here every second answer is, when it is evaluated."""
+    patched = pytest.MonkeyPatch()
+    patched.setattr(scores, "are_correct", lambda texts, golds, **_: [i % 2 == 0 for i, _ in enumerate(texts)])
+    yield
+    patched.undo()
+
+
 def all_of_it(place, out, minutes):
     rows = str(place / "rows.jsonl")
     given = ["--model", str(place), "--train", rows, "--test", rows, "--batches", "6", "--device", "cpu"]
@@ -44,13 +56,36 @@ def whole(place, tmp_path_factory):
 def test_each_arm_has_its_settings_and_its_answers(place, whole):
     settings = {arm: run_folder.read_json(whole / arm / "settings.json", {}) for arm in gsm8k.ARMS}
     assert {s["model"] for s in settings.values()} == {str(whole / "start")} and settings["grpo"]["track"] == "gsm8k"
+    assert {s["data"] for s in settings.values()} == {str(whole / "questions.jsonl")}
     config = {arm: s["config"] for arm, s in settings.items()}
     assert config["grpo"]["weight"] == 0 and config["clipo-paper"]["tau"] == 0.05
     assert config["clipo"]["tau"] == 0.5 and config["clipo"]["contrastive_kind"] == "decoupled"
+    assert config["clipo-shuffled"] == config["clipo"] | {"shuffle_contrast": True}
     assert all(c["lr"] == 5e-6 and c["steps"] == 2 for c in config.values())
     for name in ("start", *gsm8k.ARMS):
-        (figures,) = run_folder.read_json(whole / name / "eval" / "results.json", {})["results"].values()
-        assert figures["problems"] == 4
+        for how, samples in (("greedy", 1), ("sampled", 4)):
+            results = run_folder.read_json(whole / name / how / "results.json", {})["results"]
+            assert [figures["problems"] for figures in results.values()] == [1, 4]  # unseen, and the test
+            lines = run_folder.read_lines(whole / name / how / "rollouts.jsonl")
+            assert all(len(line["correct"]) == samples and max(line["lengths"]) <= 8 for line in lines)
+
+
+def test_questions_are_those_of_the_seen_that_are_solved_now_and_then(place, whole, tmp_path, monkeypatch):
+    seen = run_folder.read_lines(place / "rows.jsonl")[:-1]
+    assert run_folder.read_lines(whole / "unseen.jsonl") == run_folder.read_lines(place / "rows.jsonl")[-1:]
+    chosen = run_folder.read_lines(whole / "questions.jsonl")
+    assert sorted(row["question"] for row in chosen) == sorted(row["question"] for row in seen)  # 8 of 16, each
+    right = iter([1, 2, 14, 15, 0])
+    lines = [{"correct": [True] * n + [False] * (16 - n)} for n in right]
+    monkeypatch.setattr(gsm8k, "answered", lambda *_: lines)
+    given = SimpleNamespace(out=tmp_path, questions=99)
+    rows = [{"question": str(n), "answer": "#### 1"} for n in range(5)]
+    gsm8k.choose(rows, given, [])
+    asked = run_folder.read_lines(tmp_path / "asked.jsonl")
+    assert run_folder.read_lines(tmp_path / "questions.jsonl") == asked[1:3] and asked != rows
+    lines[:] = [{"correct": [True] * 16}] * 5
+    with pytest.raises(UserError, match=r"^none of 5 questions is solved in 2 to 14 of 16 samples; expected a larger"):
+        gsm8k.choose(rows, given, [])
 
 
 def test_in_chunks_it_ends_in_the_same_bits(place, whole, tmp_path, capsys):
@@ -60,6 +95,7 @@ def test_in_chunks_it_ends_in_the_same_bits(place, whole, tmp_path, capsys):
         chunks += 1
     assert chunks > 1
     table = capsys.readouterr().out
+    assert "unseen, sampled, 1 or 2 steps" in table and "rows, greedy" in table
     for name in ("start", *gsm8k.ARMS):
         assert f"| {name} | " in table
         assert (out / name / "model.safetensors").read_bytes() == (whole / name / "model.safetensors").read_bytes()
@@ -67,14 +103,15 @@ def test_in_chunks_it_ends_in_the_same_bits(place, whole, tmp_path, capsys):
 
 def test_the_start_learns_the_boxed_solutions(place):
     model, tokenizer = run_models.load_model(str(place), torch.device("cpu"))
-    solutions = gsm8k.Solutions(str(place / "rows.jsonl"), seed=0)
+    rows = gsm8k.worked_solutions(str(place / "rows.jsonl"))
+    solutions = gsm8k.Solutions(rows, seed=0)
     assert ("Tom has 3 coins. How many?", "3 = 3\nThe answer is \\boxed{3}.") in solutions.pairs
     training = run_warm_start.WarmStart(model, tokenizer, solutions, batches=40, batch_size=8, pretrained=True)
     losses = [training.batch() for _ in range(40)]
     assert losses[-1] < 0.9 * losses[0]
     # the first loss again, from the text of prompts as train.py and eval.py write them
     model, tokenizer = run_models.load_model(str(place), torch.device("cpu"))
-    again, total, count = gsm8k.Solutions(str(place / "rows.jsonl"), seed=0), 0.0, 0
+    again, total, count = gsm8k.Solutions(rows, seed=0), 0.0, 0
     for question, response in (again.pair() for _ in range(8)):
         prompt = task_data.prompt_ids(tokenizer, question)
         ids = torch.tensor([[*prompt, *tokenizer(response + "<|im_end|>", add_special_tokens=False)["input_ids"]]])
@@ -82,6 +119,16 @@ def test_the_start_learns_the_boxed_solutions(place):
         total -= logprobs.gather(1, ids[0, len(prompt) :, None]).sum().item()
         count += ids.shape[1] - len(prompt)
     assert losses[0] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_large_vocabularys_logits_in_pieces_teach_the_same(place, monkeypatch):
+    rows, found = gsm8k.worked_solutions(str(place / "rows.jsonl")), []
+    for at_once in (2**27, 5 * 600):  # five tokens at a time
+        monkeypatch.setattr(run_warm_start, "LOGITS_AT_ONCE", at_once)
+        model, tokenizer = run_models.load_model(str(place), torch.device("cpu"))
+        training = run_warm_start.WarmStart(model, tokenizer, gsm8k.Solutions(rows, seed=0), batches=3, pretrained=True)
+        found.append([*(training.batch() for _ in range(2)), *(p.detach().sum().item() for p in model.parameters())])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 @pytest.mark.parametrize(
