@@ -66,7 +66,7 @@ SMALL = {  # a model of 27M parameters
     "CLIPO": Arm(AUTO, size="small"),
     "oracle": Arm(WITHOUT | AUTO, trainer="oracle", size="small"),
 }
-GENTLE = {"lr": 1e-5, "max_new_tokens": 48, "head_warmup_steps": 12, **AUTO}  # docs/real-models.md says how chosen
+GENTLE = {"lr": 1e-5, "max_new_tokens": 48, "head_warmup_steps": 8, **AUTO}  # docs/real-models.md says how chosen
 SMOLLM = {  # a pretrained model of 135M
     "GRPO": Arm(WITHOUT | GENTLE, None, size="smollm"),
     "CLIPO": Arm(GENTLE, size="smollm"),
@@ -209,4 +209,7 @@ NO_FRIEND = {  # the paper's own question: are more answers right?
     "oracle": Arm(WITHOUT, trainer="oracle", **ALONE),
 }
 FROZEN = {"GRPO": WITHOUT, "paper's constants": PAPER, "three changes": THREE, "nine changes": {}}
+PRETRAINED_FROZEN = {  # (the head learns in every step there: how many are warm-up decides nothing)
+    arm: config | GENTLE | {"steps": 20, "head_warmup_steps": 12} for arm, config in FROZEN.items() if arm != "GRPO"
+}
 FROZEN_RATES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.99)

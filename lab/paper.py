@@ -38,6 +38,7 @@ from lab.runs import PRETRAINED, Run, all_settings, known_runs, make
 from lab.tables import (
     STEPS,
     Lines,
+    by_step,
     comparison,
     counts_table,
     early_stopping,
@@ -83,8 +84,8 @@ EXPERIMENTS = {  # the most important first: `all` may be stopped
     "small": Experiment("A model of 27M parameters", of.before(of.SMALL), 1, OLD),
     "smollm": Experiment("A pretrained model: SmolLM2-135M-Instruct, on 200 stories", of.SMOLLM, 4, 20),
 }
-NAMES = [*EXPERIMENTS, "frozen", "push", "tsne", "all"]
-APART = {"smollm"}  # not of `all`: it wants a model that is not made here
+NAMES = [*EXPERIMENTS, "smollm-frozen", "frozen", "push", "tsne", "all"]
+APART = {"smollm", "smollm-frozen"}  # not of `all`: it wants a model that is not made here
 FROZEN_SEEDS = range(TUNING, TUNING + 2)
 
 
@@ -93,6 +94,12 @@ def frozen_runs() -> list[Run]:
     heads = {arm: all_settings(config) for arm, config in of.FROZEN.items()}
     worlds = [asdict(World.changed(of.friend(rate))) for rate in of.FROZEN_RATES]
     return [Run("frozen", seed, heads, world) for seed in FROZEN_SEEDS for world in worlds]
+
+
+def pretrained_frozen() -> Run:
+    """The same for a pretrained policy after a short start, in one world."""
+    heads = {arm: all_settings(config) for arm, config in of.PRETRAINED_FROZEN.items()}
+    return Run("frozen", TUNING, heads, asdict(World()), size="smollm", batches=100, stories=200)
 
 
 def seeds_of(experiment: Experiment, seeds: int | None) -> range:
@@ -167,6 +174,20 @@ def draw_frozen(out: Path, known: dict[str, dict]) -> bool:
     return True
 
 
+def draw_pretrained_frozen(out: Path, known: dict[str, dict]) -> bool:
+    """What each head is paid, step by step, while a pretrained policy stays as its start left it."""
+    if (line := known.get(pretrained_frozen().key)) is None:
+        return False
+    right, copied = line["right"], line["copied"]
+    what = (
+        f"Of the responses {100 * copied:.0f}% copy. Right: {100 * right['calculated']:.0f}% of those that calculate, "
+        f"{100 * right['copied']:.0f}% of those that copy."
+    )
+    parts = ["# A pretrained policy, frozen: SmolLM2-135M-Instruct", provenance("smollm-frozen", [line]), what]
+    (out / "smollm-frozen.md").write_text("\n\n".join([*parts, *by_step(line)]) + "\n", encoding="utf-8")
+    return True
+
+
 def make_tsne(out: Path, runs: Path) -> None:
     """Train GRPO and CLIPO with train.py, as a reader would; embed and draw rollouts of both."""
     for name, options in (("GRPO", ["--weight", "0"]), ("CLIPO", [])):
@@ -216,6 +237,9 @@ def make_and_draw(name: str, out: Path, known: dict[str, dict], given: argparse.
         return True
     if name == "push":
         return draw_push(out, known)
+    if name == "smollm-frozen":
+        run([pretrained_frozen()])
+        return draw_pretrained_frozen(out, known)
     if name == "frozen":
         run(frozen_runs())
         return draw_frozen(out, known)
@@ -242,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for option, least in (("seeds", 1), ("steps", 1), ("workers", 1), ("minutes", 0)):
         if (value := getattr(given, option)) is not None and not value >= least:
             parser.error(f"--{option} is {value}; expected {least} or more")
-    if given.name == "smollm" and not given.draw and not PRETRAINED["smollm"].is_dir():
+    if given.name in APART and not given.draw and not PRETRAINED["smollm"].is_dir():
         parser.error(f"{PRETRAINED['smollm']} is missing; expected a model there: python -m lab.smollm runs/smollm")
     everything = [name for name in NAMES[:-1] if name not in APART or given.draw]
     names = everything if given.name == "all" else [given.name]

@@ -310,6 +310,25 @@ def frozen_tables(lines: Sequence[dict]) -> list[str]:
     ]  # fmt: skip
 
 
+def by_step(line: dict) -> list[str]:
+    """What each head is paid, step by step, on the rollouts of a frozen policy."""
+    tables = []
+    for title, name in (
+        ("Push: the mean advantage of sound responses less that of right but unsound ones.", "push_by_step"),
+        ("Gap: a sound right answer less an unsound one of its group, in standard deviations.", "gap_by_step"),
+        ("The head's loss, before its updates of the step.", "loss_by_step"),
+    ):
+        steps = {arm: found[name] for arm, found in line["arms"].items()}
+        means = {arm: [v[i : i + 4] for i in range(0, len(v), 4)] for arm, v in steps.items()}
+        rows = [
+            {"arm": arm, **{str(i + 1): decimal(of_steps[i]) for i in range(4)},
+             **{f"{4 * k + 1} to {4 * k + 4}": decimal(np.mean(part)) for k, part in enumerate(means[arm])}}
+            for arm, of_steps in steps.items()
+        ]  # fmt: skip
+        tables += [title + " Steps, and means of four:", markdown(rows)]
+    return tables
+
+
 def pooled(lines: Sequence[dict], arm: str, n: str) -> str:
     """The mean over all groups with n right answers, and how many there are."""
     cells = [cell for line in lines if (cell := line["arms"][arm]["by_right"].get(n))]

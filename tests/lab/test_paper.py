@@ -166,6 +166,13 @@ def test_no_run_begins_that_would_not_end_in_time(tmp_path, monkeypatch):
     assert runs.attempt(Run("start", 1), tmp_path, "cpu", until=now + 60) == ({"seconds": 30}, "")
 
 
+def test_step_by_step_by_hand():
+    line = {"arms": {"ours": {name: [float(i) for i in range(8)] for name in
+                              ("push_by_step", "gap_by_step", "loss_by_step")}}}  # fmt: skip
+    push = tables.by_step(line)[1]
+    assert push.splitlines()[-1] == "| ours | 0.00 | 1.00 | 2.00 | 3.00 | 1.50 | 5.50 |"
+
+
 def test_dots_of_equal_seeds_stand_beside_each_other():
     moved = figures.beside([0.3, 0.3, 0.3, 0.9, 0.302])
     assert len(set(zip([0.3, 0.3, 0.3, 0.9, 0.3], moved, strict=True))) == 5
