@@ -166,7 +166,9 @@ def agree(
     for why, value in (mistakes or {}).items():
         if value.shape == got.shape and same(got, value, atol, rtol):
             wrong(f"{given}: {why}\n{differences(got, expected, atol, rtol)}")
-    wrong(f"{given}:\n{differences(got, expected, atol, rtol)}")
+    nan = got.is_floating_point() and (got.isnan() & ~expected.isnan()).any()
+    why = "\n  nan is what 0 / 0, inf - inf and log 0 times False give; torch.where leaves a place out" if nan else ""
+    wrong(f"{given}:\n{differences(got, expected, atol, rtol)}{why}")
 
 
 def same(a: Tensor, b: Tensor, atol: float, rtol: float = 1e-4) -> bool:

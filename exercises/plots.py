@@ -126,12 +126,14 @@ def plot_7(answer, figure) -> dict[str, tuple[float, float]]:
             shares.append((chance - loss[pairs.anchor] >= 1).float().mean().item())
         right.plot(shares, style, color="black")
     guess = predicted(answer.PREDICTION, 0, 1)
-    left.plot([0], [guess], "x", color="black", markersize=10, label="your prediction, G = 16")
+    left.plot([0], [guess], "x", color="black", markersize=10, label="your prediction, G = 16, weight 0.2")
     left.set(xlabel="updates of the head", ylabel="share of the anchors", ylim=(-0.05, 1.05))
     right.set(xlabel="updates of the head")
     left.set_title(f"On the paper's floor: max(-{answer.WEIGHT:g} L, -0.5)")
     right.set_title("On a toy run's ceiling: clip(chance - L, -0.9, 1)")
     left.legend()
+    if answer.WEIGHT != 0.2:
+        print(f"on the floor at first, G = 16, weight {answer.WEIGHT:g}: {on_the_floor(16, answer.WEIGHT):.2g}")
     return {"on the floor at first, G = 16, weight 0.2": (guess, on_the_floor(16, 0.2))}
 
 

@@ -147,7 +147,7 @@ def reset(folder: Path) -> list[str]:
     for place in places:
         answer, text = place / "answer.py", (UNWRITTEN / f"{place.resolve().name}.py").read_text(encoding="utf-8")
         if answer.exists() and answer.read_bytes() == text.encode():
-            said.append(f"{answer} is unwritten")
+            said.append(f"{answer} is unwritten already")
             continue
         kept = f"{answer} is unwritten again"
         if answer.exists():

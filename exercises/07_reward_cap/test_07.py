@@ -55,6 +55,8 @@ def test_largest_group(answer):
 
 def test_a_weight_that_leaves_the_floor(answer):
     weight = number(answer.WEIGHT, "WEIGHT", 0.001, 10)
+    if answer.PREDICTION is None:
+        wrong("WEIGHT waits for PREDICTION: write that down first, then look at the plot (python -m exercises.plots 7)")
     share = on_the_floor(16, weight)
     if share >= 0.25:
         wrong(

@@ -16,8 +16,9 @@ from clipo import Pairs
 def infonce(z: Tensor, pairs: Pairs, tau: float = 0.05) -> Tensor:
     """z (P, G, E) unit vectors -> L (P, G).
 
-    pairs: three masks (P, G, G), [question, i, a]: pairs.target, where a is the j of i; pairs.positive, where both are
-    right; pairs.negative, where i is right and a is wrong. And pairs.anchor (P, G).
+    pairs: three masks (P, G, G), [question, i, a]: pairs.target, where a is the j of i (nowhere, if i has none);
+    pairs.positive, where both are right and a is not i; pairs.negative, where i is right and a is wrong. And
+    pairs.anchor (P, G).
     """
     raise NotImplementedError("write infonce in exercises/06_infonce/answer.py; hints.md helps")
 
@@ -28,5 +29,6 @@ def chance_level(G: int) -> float:
 
 
 def floor(n: int) -> float:
-    """L, in the limit of a small tau, of a perfect head: the n right answers in one point, the wrong ones far away."""
+    """L of a perfect head in the limit of a small tau: its n right answers (2 or more, the anchor is one) in one point,
+    the wrong ones far away."""
     raise NotImplementedError("write floor in exercises/06_infonce/answer.py; hints.md helps")

@@ -1,11 +1,10 @@
 """Exercise 7: the reward's floor and ceiling, and why the head needs warm-up (clipo.py, section 3).
 
     the paper's     rc_i = max(-lambda L_i, -0.5)             for anchors, 0 for all others;   lambda = 0.2
-    a toy run's     rc_i = clip(chance - L_i, -0.9, 1)        (config.INFORMATIVE; exercise 11)
 
-The floor is what an anchor is paid at least, the ceiling what it is paid at most. Who sits on either is told nothing:
-all who do are paid the same. Here you write the paper's form. An untrained head tells nothing apart: its loss is about
-the chance level log(G - 1) (exercise 6).
+(Here you write this one. The plot shows a toy run's beside it, clip(chance - L_i, -0.9, 1): config.INFORMATIVE.) The
+floor is what an anchor is paid at least, the ceiling what it is paid at most. An untrained head tells nothing apart:
+its loss scatters about the chance level log(G - 1) (exercise 6).
 
 Check it with: python -m pytest exercises/07_reward_cap      See it with: python -m exercises.plots 7
 """
@@ -28,8 +27,8 @@ def largest_group(weight: float = 0.2, floor: float = -0.5) -> int:
     raise NotImplementedError("write largest_group in exercises/07_reward_cap/answer.py; hints.md helps")
 
 
-# Now look at the plot. Then change this number and draw it again, until of the anchors of G = 16 fewer than one in four
-# are on the floor before the head has learnt anything.
+# Look at the plot first. Then change this number and draw it again, until of the anchors of G = 16 fewer than one in
+# four are on the floor before the head has learnt anything. By as little as it takes.
 WEIGHT: float = 0.2
 
 # With G = 16, weight 0.2 and no warm-up, what does the contrastive reward do to the advantages of the first steps?

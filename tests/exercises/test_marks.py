@@ -257,7 +257,7 @@ def test_reset_never_loses_a_students_work(tmp_path, capsys):
     assert student.main(["--reset", str(folder)]) == 0  # all that are there
     assert (
         "answer.py.bak2\n" in (said := capsys.readouterr().out)
-        and f"{folder / '02_kl' / 'answer.py'} is unwritten\n" in said
+        and f"{folder / '02_kl' / 'answer.py'} is unwritten already\n" in said
     )
     assert [answer.with_name(f"answer.py.{name}").read_text() for name in ("bak", "bak2")] == ["first", "second"]
     answer.unlink()
@@ -271,4 +271,6 @@ def test_reset_works_in_a_copy(copy, tmp_path):
     (mine / "exercises" / "06_infonce" / "answer.py").write_text("mine")
     done = python(mine, "-m", "exercises.student", "--reset", "exercises/06_infonce")
     assert done.returncode == 0 and "answer.py.bak" in done.stdout, done.stderr
-    assert python(mine, "-m", "exercises.student", "--reset", ".").stdout.count("is unwritten\n") == len(EXERCISES)
+    assert python(mine, "-m", "exercises.student", "--reset", ".").stdout.count("is unwritten already\n") == len(
+        EXERCISES
+    )

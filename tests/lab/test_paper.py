@@ -266,6 +266,14 @@ def test_arms_of_a_seed_are_paired(trial):
     assert all(values == first[0] for values in first)
 
 
+def test_a_short_trial_of_the_command_asks_for_short_runs(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(paper, "make", lambda wanted, *_: asked.extend(wanted))
+    assert paper.main(["track1", "--seeds", "1", "--steps", "3", "--out", str(tmp_path)]) == 0
+    assert asked == [arm.run(32, 3) for arm in arms.TRACK1.values()]
+    assert {(run.batches, run.stories, run.config["steps"]) for run in asked} == {(10, 10, 3)}
+
+
 def test_a_failed_run_is_reported_and_the_others_are_kept(tmp_path):
     short = {"batches": 1, "stories": 5}
     wanted = [Run("start", 0, **short), Run("train", 0, {"steps": -1}, **short)]
