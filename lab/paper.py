@@ -70,7 +70,7 @@ EXPERIMENTS = {  # the most important first: `all` may be stopped
     "friend": Experiment("Which friend? The least reliable one with whom GRPO drifts", of.FRIENDS, 8, TUNING),
     "form": Experiment("Which form? The fewest changes that hold", of.FORMS, 8, TUNING),
     "taken": Experiment("Which of the nine changes matter? The hardest tuning seed", of.TAKEN_AWAY, 1, HARDEST),
-    "helps": Experiment("When do the paper's constants help? By friend", of.HELPS, 3, FRESH),
+    "helps": Experiment("When do the paper's constants help? By friend", of.HELPS, 2, FRESH),
     "phase": Experiment("When does it help? The world's two dials", of.before(of.PHASE), 1, OLD, phase_figure),
     "ladder": Experiment("From the paper's constants to nine changes", of.before(of.LADDER), 2, OLD),
     "baselines": Experiment("Policy losses, each with and without CLIPO", of.before(of.BASELINES), 1, OLD),
