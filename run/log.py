@@ -194,6 +194,8 @@ def announce(trainer: Trainer, task: ToyTask | DataTask, second: bool = False) -
     if config.weight > 0 and config.steps <= config.head_warmup_steps:
         print(f"all {config.steps} steps are head warm-up (--head-warmup-steps {config.head_warmup_steps}): the policy "
               "will not change")  # fmt: skip
+    if config.compile and not trainer.sizes:
+        print("--compile: the plain engine compiles nothing; --engine fast does")
     if second:
         return
     plan = memory_plan(trainer.policy, config, task.longest_prompt, config.in_bfloat16(device.type))

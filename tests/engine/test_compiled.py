@@ -189,3 +189,20 @@ def test_train_compiles_by_name_and_samples_the_same(as_written, tmp_path):
         rows = run_folder.read_lines(tmp_path / name / "rollouts.jsonl")
         texts.append([rollout["text"] for row in rows for rollout in row["rollouts"]])
     assert texts[0] == texts[1]
+
+
+def test_with_the_plain_engine_it_is_said_that_nothing_is_compiled(tmp_path, capsys):
+    options = [
+        *TINY_RUN,
+        "--engine",
+        "plain",
+        "--steps",
+        "2",
+        "--device",
+        "cpu",
+        "--compile",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert train.main(options) == 0
+    assert capsys.readouterr().out.count("--compile: the plain engine compiles nothing; --engine fast does\n") == 1
