@@ -64,7 +64,8 @@ def may_compile(model) -> bool:
         except (ValueError, RuntimeError) as reason:  # no compiler, say
             why = in_short(reason)
         if why:
-            warnings.warn(f"decode steps are not compiled: {why}; rollouts go on without, slower", stacklevel=3)
+            said = f"decode steps are not compiled: {why}; rollouts go on without, slower"
+            warnings.warn_explicit(said, UserWarning, "engine/check.py", 0)  # (a line of its own, no line of the code)
         not_compiled[model] = why
     return not not_compiled[model]
 

@@ -19,6 +19,7 @@ for a smaller model. They were not tuned.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import re
@@ -40,7 +41,8 @@ from run import models as run_models
 from run import warm_start as run_warm_start
 from run.evaluation import load_benchmark
 from run.scores import cell, summarise
-from run.settings import as_options
+from run.settings import as_options, new_settings
+from run.settings import parser as settings_parser
 from tasks.data import SUFFIX, load_file, load_from_hub
 from tasks.grading import extract_answer
 
@@ -79,11 +81,14 @@ def worked_solutions(source: str) -> list[dict]:
     rows = load_from_hub(source, "train") if source == "gsm8k" else load_file(Path(source))
     answers = [row.get("answer") if isinstance(row, dict) else None for row in rows]
     worked = [a for a in answers if isinstance(a, str) and a.partition("####")[0].strip() and extract_answer(a)]
-    if not rows or len(worked) < len(rows):
+    asked = [row for row in rows if isinstance(row, dict) and isinstance(row.get("question"), str)]
+    if not rows or len(worked) < len(rows) or len(asked) < len(rows):
         raise UserError(
-            f"{source}: {len(worked)} of {len(rows)} rows hold a worked solution; expected in each a question, and "
-            'as its answer the solution and "#### 72"'
+            f"{source}: {min(len(worked), len(asked))} of {len(rows)} rows hold a worked solution; expected in each a "
+            'question, and as its answer the solution and "#### 72"'
         )
+    if len(rows) < 2:
+        raise UserError(f"{source} holds one row; expected more, for some are kept unseen")
     return rows
 
 
@@ -121,9 +126,9 @@ def all_parts(given: argparse.Namespace) -> dict[str, dict]:
     for test in given.test:  # what is wrong there is said now, not after hours
         load_benchmark(test, 1, {})
     rows = worked_solutions(given.train)
+    begin_or_refuse(given)
     unseen = min(UNSEEN, len(rows) // 10 + 1)
     seen, held_out = rows[:-unseen], rows[-unseen:]
-    out.mkdir(parents=True, exist_ok=True)
     make_start(given, seen, device)
     if not (questions := out / "questions.jsonl").exists():
         choose(seen, given, here)
@@ -136,6 +141,32 @@ def all_parts(given: argparse.Namespace) -> dict[str, dict]:
         begun = (out / arm / "settings.json").exists()
         ended(arm, train.main([*(["--resume"] if begun else begin), "--out", out / arm, *here]))
     return {name: measured(name, held_out, given, here) for name in ("start", *ARMS)}
+
+
+def begin_or_refuse(given: argparse.Namespace) -> None:
+    """Raise UserError for options that would be refused after hours, and where OUT was begun with others."""
+    chosen_here = {"--model", "--data", "--track", "--out", "--resume", "--both", "--weight"}
+    if clash := sorted(chosen_here & {option.partition("=")[0] for option in given.more}):
+        raise UserError(f"{clash[0]} is given after --; expected options of train.py that are not chosen here")
+    names = [Path(test).stem for test in given.test]
+    if len({*names, "unseen"}) <= len(names):
+        raise UserError(f"--test is {' '.join(given.test)}; expected names that differ, and none of them unseen")
+    options = ["--model", "start", "--data", "gsm8k", *as_options(SETTINGS), *given.more]
+    new_settings(vars(settings_parser().parse_args(list(map(str, options)))) | {"command": ""})
+    here = {
+        "model": str(Path(given.model).resolve()) if Path(given.model).exists() else given.model,
+        "train": folder.checksum(Path(given.train)) if Path(given.train).is_file() else given.train,
+        "batches": given.batches, "questions": given.questions, "more": given.more,
+    }  # fmt: skip
+    file = given.out / "begun.json"
+    if file.exists():
+        before = folder.read_json(file, {})
+        if changed := [name for name in here if before.get(name) != here[name]]:
+            raise UserError(f"{given.out} was begun with another {changed[0]}; expected the same, or a fresh --out")
+    else:
+        folder.refuse_others(given.out, [])
+        given.out.mkdir(parents=True, exist_ok=True)
+        folder.write_text(file, json.dumps(here, indent=1) + "\n")
 
 
 def make_start(given: argparse.Namespace, seen: Sequence[dict], device) -> None:

@@ -263,9 +263,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="runs at a time (all cores)")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda: all workers share that GPU")
     given = parser.parse_args(arguments)
-    for option, least in (("seeds", 1), ("steps", 1), ("workers", 1), ("minutes", 0)):
-        if (value := getattr(given, option)) is not None and not value >= least:
-            parser.error(f"--{option} is {value}; expected {least} or more")
+    for option in ("seeds", "steps", "workers"):
+        if (value := getattr(given, option)) is not None and value < 1:
+            parser.error(f"--{option} is {value}; expected 1 or more")
+    if given.minutes is not None and not 0 < given.minutes < math.inf:
+        parser.error(f"--minutes is {given.minutes}; expected a number above 0")
     if given.name in APART and not given.draw and not PRETRAINED["smollm"].is_dir():
         parser.error(f"{PRETRAINED['smollm']} is missing; expected a model there: python -m lab.smollm runs/smollm")
     everything = [name for name in NAMES[:-1] if name not in APART or given.draw]

@@ -137,6 +137,9 @@ def test_a_large_vocabularys_logits_in_pieces_teach_the_same(place, monkeypatch)
         ([{"question": "How many?", "answer": "72"}], "0 of 1 rows hold a worked solution"),
         ([{"question": "How many?", "answer": "7 + 2 = 9 #### 9"}, {"question": "?", "answer": 3}], "1 of 2 rows"),
         ([], "0 of 0 rows"),
+        ([{"question": 5, "answer": "7 + 2 = 9 #### 9"}], "0 of 1 rows"),
+        ([{"answer": "7 + 2 = 9 #### 9"}], "0 of 1 rows"),
+        ([{"question": "How many?", "answer": "7 + 2 = 9 #### 9"}], "holds one row; expected more"),
     ],
 )
 def test_rows_without_worked_solutions_are_refused(place, tmp_path, capsys, rows, expected):
@@ -155,10 +158,16 @@ def test_rows_without_worked_solutions_are_refused(place, tmp_path, capsys, rows
         (["--train", "nowhere.jsonl"], "error: nowhere.jsonl is no file"),
         (["--model", "/nowhere"], "error: model /nowhere could not be opened"),
         (["--minutes", "0"], "error: --minutes is 0.0; expected a number above 0"),
+        (["--questions", "0"], "error: --questions is 0; expected a number above 0"),
+        (["--test", "ROWS", "ROWS"], "error: --test is "),
+        (["--", "--stepz", "3"], "error: unrecognized arguments: --stepz"),
+        (["--", "--steps", "0"], "error: --steps is 0; expected at least 1"),
+        (["--", "--data=math"], "error: --data is given after --; expected options of train.py"),
     ],
 )
 def test_mistakes_get_one_line_before_anything_is_trained(place, tmp_path, capsys, wrong, expected):
     rows, out = str(place / "rows.jsonl"), tmp_path / "out"
+    wrong = [rows if part == "ROWS" else part for part in wrong]
     given = ["--model", str(place), "--train", rows, "--test", rows, "--out", str(out), *wrong]
     try:
         status = gsm8k.main(given)
@@ -167,3 +176,16 @@ def test_mistakes_get_one_line_before_anything_is_trained(place, tmp_path, capsy
     said = capsys.readouterr().err
     assert status == 2 and said.strip().splitlines()[-1].startswith(expected) and "Traceback" not in said
     assert not (out / "start").exists() and not (out / "grpo").exists()
+
+
+def test_what_was_begun_otherwise_is_not_gone_on_with(place, whole, tmp_path, capsys):
+    rows = [{"question": f"Ann has {n}?", "answer": f"{n} = <<{n}={n}>>{n} #### {n}"} for n in range(3)]
+    (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    begun = (whole / "begun.json").read_text()
+    usual = ["--model", place, "--train", place / "rows.jsonl", "--test", place / "rows.jsonl", "--batches", "6"]
+    for changed, name in ((["--train", tmp_path / "others.jsonl"], "train"), (["--batches", "7"], "batches")):
+        assert gsm8k.main(list(map(str, [*usual, *changed, "--out", whole, "--", *SMALL]))) == 2
+        assert f"was begun with another {name}; expected the same, or a fresh --out\n" in capsys.readouterr().err
+    assert (whole / "begun.json").read_text() == begun
+    assert gsm8k.main(list(map(str, [*usual, "--out", place]))) == 2  # which holds a model
+    assert not (place / "start").exists()
