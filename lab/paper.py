@@ -66,7 +66,7 @@ EXPERIMENTS = {  # the most important first: `all` may be stopped
     "track1": Experiment("Track I in miniature", of.TRACK1, 16, FRESH, track1_figure),
     "long": Experiment("Four times as many steps", of.LONG, 2, FRESH),
     "alone": Experiment("Without a useful friend: are more answers right?", of.NO_FRIEND, 4, FRESH),
-    "rivals": Experiment("Beside others that hold", of.RIVALS, 8, FRESH + 8),
+    "rivals": Experiment("Beside others that hold", of.RIVALS, 4, FRESH + 8),
     "friend": Experiment("Which friend? The least reliable one with whom GRPO drifts", of.FRIENDS, 8, TUNING),
     "form": Experiment("Which form? The fewest changes that hold", of.FORMS, 8, TUNING),
     "taken": Experiment("Which of the nine changes matter? The hardest tuning seed", of.TAKEN_AWAY, 1, HARDEST),
