@@ -187,6 +187,10 @@ class CLIPOConfig:
         return cls(**{**TRACKS[track], **informative, **without_kl, **chosen})
 
 
+# What changes a run's speed or memory alone, by its own word.
+ONLY_SPEED = [f.name for f in fields(CLIPOConfig) if f.metadata["source"].endswith(("memory only", "speed only"))]
+
+
 def add_options(group: argparse._ArgumentGroup) -> None:
     """An option for every hyperparameter, with its meaning, its default on each track, and its source."""
     for f in fields(CLIPOConfig):

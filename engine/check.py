@@ -117,6 +117,7 @@ def decoded(model, sequences, expected, engine: str) -> Iterator[tuple[str, Tens
     if engine == "plain":
         clipo.prefill(model, prompts, cache := clipo.KVCache(slots))
     else:
+        step = CompiledSteps(model, slots) if engine == "compiled" else partial(decoded_states, model)
         with serving(model):
             prefill(model, prompts, cache := KVCache(len(sequences) + 1, slots + 1))  # with room to spare, as usual
     for back in (2, 1):
@@ -126,7 +127,6 @@ def decoded(model, sequences, expected, engine: str) -> Iterator[tuple[str, Tens
             logits = clipo.output_logits(model, states)[:, 0]
         else:
             with serving(model):
-                step = CompiledSteps(model, slots) if engine == "compiled" else partial(decoded_states, model)
                 states = step(token[:, 0], positions[:, 0] - back, cache, used=slots + 1 - back)
                 logits = output_logits(model, states)
         yield "logits", logits, torch.stack([of[-back] for of in expected])

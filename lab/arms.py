@@ -26,10 +26,9 @@ class Arm:
         """With `steps` it is a short one that only tries the command: a short warm start, a short evaluation."""
         config = all_settings(self.config | ({"steps": steps} if steps else {}))
         world = asdict(toy.World.changed(self.world))
-        short = {"batches": 10, "stories": 10} if steps else SHORTER.get(self.size, {})
+        own = {"batches": self.batches} if self.batches else {}
+        short = {"batches": 10, "stories": 10} if steps else SHORTER.get(self.size, {}) | own
         doubled = 0 if self.size in SHORTER else self.doubled
-        if self.batches and not steps:
-            short = {**short, "batches": self.batches}
         return Run("train", seed, config, world, trainer=self.trainer, doubled=doubled, size=self.size, **short)
 
 

@@ -41,7 +41,7 @@ from run import models as run_models
 from run import warm_start as run_warm_start
 from run.evaluation import load_benchmark
 from run.scores import cell, summarise
-from run.settings import as_options, new_settings
+from run.settings import Settings, as_options, new_settings
 from run.settings import parser as settings_parser
 from tasks.data import SUFFIX, load_file, load_from_hub
 from tasks.grading import extract_answer
@@ -151,8 +151,7 @@ def begin_or_refuse(given: argparse.Namespace) -> None:
     names = [Path(test).stem for test in given.test]
     if len({*names, "unseen"}) <= len(names):
         raise UserError(f"--test is {' '.join(given.test)}; expected names that differ, and none of them unseen")
-    options = ["--model", "start", "--data", "gsm8k", *as_options(SETTINGS), *given.more]
-    new_settings(vars(settings_parser().parse_args(list(map(str, options)))) | {"command": ""})
+    settings_of(given)
     here = {
         "model": str(Path(given.model).resolve()) if Path(given.model).exists() else given.model,
         "train": folder.checksum(Path(given.train)) if Path(given.train).is_file() else given.train,
@@ -179,16 +178,16 @@ def make_start(given: argparse.Namespace, seen: Sequence[dict], device) -> None:
         run_warm_start.make_warm_start(given.out / "start", training, stop)
 
 
-def longest(given: argparse.Namespace) -> int:
-    """Tokens of an answer, in training and elsewhere."""
-    chosen = argparse.ArgumentParser()
-    chosen.add_argument("--max-new-tokens", type=int, default=SETTINGS["max_new_tokens"])
-    return chosen.parse_known_args(given.more)[0].max_new_tokens
+def settings_of(given: argparse.Namespace) -> Settings:
+    """Of every arm, but for what makes it that arm. Raises UserError for options that train.py would refuse."""
+    options = ["--model", "start", "--data", "gsm8k", *as_options(SETTINGS), *given.more]
+    return new_settings(vars(settings_parser().parse_args(list(map(str, options)))) | {"command": ""})
 
 
 def answered(model: Path, out: Path, data: Sequence, samples: int, given: argparse.Namespace, here: list) -> list[dict]:
     """The lines of eval.py: greedy answers, or several sampled ones."""
-    how = ["--samples", samples, "--temperature", int(samples > 1), "--max-new-tokens", longest(given), *here]
+    longest = settings_of(given).config.max_new_tokens  # no longer than in training
+    how = ["--samples", samples, "--temperature", int(samples > 1), "--max-new-tokens", longest, *here]
     arguments = [model, "--out", out, "--resume", "--data", *data, *how]
     ended("eval.py", evaluation.main(list(map(str, arguments))))
     return folder.read_lines(out / "rollouts.jsonl")
@@ -201,13 +200,12 @@ def choose(seen: Sequence[dict], given: argparse.Namespace, here: list) -> None:
     folder.write_lines(asked, rows)
     right = [sum(row["correct"]) for row in answered(start, given.out / "asked", [asked], SAMPLES, given, here)]
     chosen = [row for row, n in zip(rows, right, strict=True) if n in SOLVED]
-    print(
-        f"of {len(rows)} questions the start solves {len(chosen)} in {SOLVED[0]} to {SOLVED[-1]} of {SAMPLES} samples"
-    )
+    now_and_then = f"in {SOLVED[0]} to {SOLVED[-1]} of {SAMPLES} samples"
+    print(f"of {len(rows)} questions the start solves {len(chosen)} {now_and_then}")
     if not chosen:
         raise UserError(
-            f"none of {len(rows)} questions is solved in {SOLVED[0]} to {SOLVED[-1]} of {SAMPLES} samples; expected a "
-            f"larger --model, more --batches (in a fresh --out), or more --questions"
+            f"none of {len(rows)} questions is solved {now_and_then}; expected a larger --model, more --batches (in a "
+            "fresh --out), or more --questions"
         )
     folder.write_lines(given.out / "questions.jsonl", chosen)
 

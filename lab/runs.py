@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import train
 from clipo import ROLLOUT, Agreement, Scored, group_advantages
-from config import CLIPOConfig
+from config import ONLY_SPEED, CLIPOConfig
 from engine.guard import Trainer
 from lab.provenance import ROOT, commit, processor
 from lab.referees import of_kind
@@ -45,7 +45,6 @@ from tasks.toy import Story, ToyTask, World, is_sound, push, soundness
 PRETRAINED = {"smollm": ROOT / "runs" / "smollm"}  # a size that is a model of its own: python -m lab.smollm runs/smollm
 
 
-ONLY_SPEED = ("max_batch", "cuda_graphs", "compile", "micro_batch_tokens", "recompute_activations")
 CONTRASTIVE = (
     "contrastive_kind", "contrastive_scope", "tau", "reward_floor", "reward_ceiling", "reward_from_chance",
     "shuffle_contrast", "center_hidden", "d_embed", "head_mlp", "head_lr", "head_weight_decay", "head_steps",
@@ -217,7 +216,7 @@ def calculates(story: Story, text: str) -> bool:
 
 
 class Frozen:
-    """What one head is paid on the rollouts of a frozen policy: step by step, and all steps but the first together."""
+    """What one head is paid on the rollouts of a frozen policy: step by step, and those that are measured together."""
 
     def __init__(self):
         self.gap_by_step, self.push_by_step, self.loss_by_step = [], [], []
@@ -225,17 +224,21 @@ class Frozen:
         self.advantages = {"calculated": [], "copied": []}
         self.by_right = {}  # {n right of a group: [groups, sum of their (copied - calculated)]}
 
-    def add(self, agreement: Agreement, correct: Tensor, sound: Tensor, calculated: Tensor, config, measured: bool):
+    def add(
+        self, agreement: Agreement, correct: Tensor, sound: Tensor, calculated: Tensor, config: CLIPOConfig, *,
+        measured: bool,
+    ) -> None:  # fmt: skip
         reward = correct + agreement.reward
         advantage = group_advantages(reward, scale_by_std=config.scale_by_std)
+        gaps = [gap for _, gap in payments(agreement.reward, reward, correct, sound)]
         pushes = push(advantage, correct, sound)
-        self.gap_by_step.append(mean_gap(agreement.reward, reward, correct, sound))
+        self.gap_by_step.append(sum(gaps) / len(gaps) if gaps else None)
         known = None not in (pushes["push_sound"], pushes["push_unsound"])
         self.push_by_step.append(pushes["push_sound"] - pushes["push_unsound"] if known else None)
         self.loss_by_step.append(agreement.loss[agreement.pairs.anchor].mean().item())
         if not measured:
             return
-        self.gaps += [gap for _, gap in payments(agreement.reward, reward, correct, sound)]
+        self.gaps += gaps
         self.on_floor += (agreement.reward[agreement.pairs.anchor] <= config.reward_floor).tolist()
         self.advantages["calculated"] += advantage[calculated].tolist()
         self.advantages["copied"] += advantage[~calculated].tolist()
@@ -284,7 +287,7 @@ def execute_frozen(run: Run, runs: Path, device: torch.device) -> dict:
         for arm, trainer in trainers.items():
             agreement = trainer.contrastive_step(sampled.rollouts.hidden, sampled.correct)
             trainer.steps_done += 1
-            found[arm].add(agreement, sampled.correct, sound, calculated, trainer.config, measured)
+            found[arm].add(agreement, sampled.correct, sound, calculated, trainer.config, measured=measured)
     return {
         "arms": {arm: frozen.summary() for arm, frozen in found.items()},
         "right": {kind: sum(flags) / max(1, len(flags)) for kind, flags in right.items()},

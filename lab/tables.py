@@ -11,6 +11,7 @@ from config import CLIPOConfig
 from lab.arms import FROZEN, TRACK1, Arm
 from lab.provenance import markdown
 from lab.runs import EVALUATED
+from run.table import ROWS
 from tasks import toy
 
 STEPS = CLIPOConfig.for_track("toy").steps
@@ -224,7 +225,7 @@ def levels_table(arms: dict[str, Arm], lines: Lines) -> str:
     rows = []
     for level in (*toy.LEVELS, "sampled"):
         for metric in ("answer", "process", "lucky"):
-            title = "P0, friend wrong" if level == "liar" else level
+            title = ROWS["liar"][0] if level == "liar" else level
             row = {"level": title, "share": {"lucky": "lucky, of the right"}.get(metric, f"{metric} right")}
             for arm in arms:
                 if lines[arm]:
@@ -318,13 +319,11 @@ def by_step(line: dict) -> list[str]:
         ("Gap: a sound right answer less an unsound one of its group, in standard deviations.", "gap_by_step"),
         ("The head's loss, before its updates of the step.", "loss_by_step"),
     ):
-        steps = {arm: found[name] for arm, found in line["arms"].items()}
-        means = {arm: [v[i : i + 4] for i in range(0, len(v), 4)] for arm, v in steps.items()}
-        rows = [
-            {"arm": arm, **{str(i + 1): decimal(of_steps[i]) for i in range(4)},
-             **{f"{4 * k + 1} to {4 * k + 4}": decimal(np.mean(part)) for k, part in enumerate(means[arm])}}
-            for arm, of_steps in steps.items()
-        ]  # fmt: skip
+        rows = []
+        for arm, found in line["arms"].items():
+            values = found[name]
+            fours = {f"{k + 1} to {k + 4}": decimal(np.mean(values[k : k + 4])) for k in range(0, len(values), 4)}
+            rows.append({"arm": arm, **{str(k + 1): decimal(values[k]) for k in range(4)}, **fours})
         tables += [title + " Steps, and means of four:", markdown(rows)]
     return tables
 

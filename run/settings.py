@@ -13,7 +13,7 @@ import torch
 
 import variants
 from border import OptionParser, UserError, check_numbers, check_types, from_json
-from config import ENGINES, TRACKS, CLIPOConfig, add_options, config_from
+from config import ENGINES, ONLY_SPEED, TRACKS, CLIPOConfig, add_options, config_from
 from run import folder
 from tasks.data import BENCHMARKS, TRAINING_SETS, check_source
 from tasks.toy import SIZES, World
@@ -193,8 +193,8 @@ def default_out(settings: Settings) -> Path:
     if settings.on_toy and settings.warm_start_batches != (100 if settings.model else 600):
         changed.append(f"-warm{settings.warm_start_batches}")
     for f in dataclasses.fields(CLIPOConfig):
-        value, only_speed = getattr(config, f.name), f.metadata["source"].endswith(("memory only", "speed only"))
-        left_out = only_speed or f.name in ("steps", "seed") or (f.name == "weight" and value == 0)
+        value = getattr(config, f.name)
+        left_out = f.name in ("steps", "seed", *ONLY_SPEED) or (f.name == "weight" and value == 0)
         if value != getattr(usual, f.name) and not left_out:
             changed.append(f"-{f.name}-{value}")
     words = "".join(changed).replace(" ", "").replace("/", "_").replace('"', "")

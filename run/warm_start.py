@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from border import UserError
 from clipo import end_of_sequence_ids, in_float32
 from engine.forward import output_logits, pad_right
-from engine.update import LOGITS_AT_ONCE, micro_batches, run_twice
+from engine.update import LOGITS_AT_ONCE, micro_batches, token_logprobs
 from run import folder as run_folder
 from run.models import load_model
 from run.settings import Settings, checksums_now, checksums_of, refuse_changed
@@ -191,16 +191,10 @@ class WarmStart:
 
     def loss(self, states: Tensor, tokens: Tensor) -> Tensor:
         """The sum of -log p of tokens (n,), each from its state (n, D); in pieces where the vocabulary is large."""
-
-        def piece(states: Tensor, tokens: Tensor) -> Tensor:
-            with self.mixed_precision():
-                logits = in_float32(output_logits(self.model, states))  # (n, V)
-            return F.cross_entropy(logits, tokens, reduction="sum")
-
-        size = max(1, LOGITS_AT_ONCE // self.model.get_output_embeddings().out_features)
-        if len(tokens) <= size:
-            return piece(states, tokens)
-        return sum(run_twice(piece, *part) for part in zip(states.split(size), tokens.split(size), strict=True))
+        with self.mixed_precision():
+            if len(tokens) * self.model.get_output_embeddings().out_features > LOGITS_AT_ONCE:
+                return -token_logprobs(self.model, states, tokens, temperature=1.0).sum()
+            return F.cross_entropy(in_float32(output_logits(self.model, states)), tokens, reduction="sum")
 
     def state(self) -> dict[str, Tensor]:
         """All that the batches to come depend on."""

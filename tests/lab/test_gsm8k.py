@@ -8,6 +8,7 @@ import torch
 from test_papers_models import MODELS, make_checkpoint
 
 from border import UserError
+from engine import update
 from lab import gsm8k
 from run import folder as run_folder
 from run import models as run_models
@@ -124,7 +125,8 @@ def test_the_start_learns_the_boxed_solutions(place):
 def test_a_large_vocabularys_logits_in_pieces_teach_the_same(place, monkeypatch):
     rows, found = gsm8k.worked_solutions(str(place / "rows.jsonl")), []
     for at_once in (2**27, 5 * 600):  # five tokens at a time
-        monkeypatch.setattr(run_warm_start, "LOGITS_AT_ONCE", at_once)
+        for module in (run_warm_start, update):
+            monkeypatch.setattr(module, "LOGITS_AT_ONCE", at_once)
         model, tokenizer = run_models.load_model(str(place), torch.device("cpu"))
         training = run_warm_start.WarmStart(model, tokenizer, gsm8k.Solutions(rows, seed=0), batches=3, pretrained=True)
         found.append([*(training.batch() for _ in range(2)), *(p.detach().sum().item() for p in model.parameters())])
