@@ -207,6 +207,16 @@ NO_FRIEND = {  # the paper's own question: are more answers right?
     "CLIPO": Arm(**ALONE),
     "oracle": Arm(WITHOUT, trainer="oracle", **ALONE),
 }
+SURFACES = {  # a step in one of three forms, at random: equal steps are seldom equal texts
+    name: replace(arm, world={"forms": (1, 1, 1)})
+    for name, arm in {"GRPO": GRPO, "CLIPO": CLIPO, "same steps": RIVALS["same steps"], "oracle": ORACLE}.items()
+}
+DIAL_FRIEND, DIAL_MISTAUGHT = (0.8, 0.9, 0.99), (0.0, 0.08, 0.2)  # where does patching pay?
+DIAL = {
+    f"friend {rate}, mis-taught {share}": Arm(against=None, world=friend(rate) | {"mistaught": share})
+    for rate in DIAL_FRIEND
+    for share in DIAL_MISTAUGHT
+}
 FROZEN = {"GRPO": WITHOUT, "paper's constants": PAPER, "three changes": THREE, "nine changes": {}}
 PRETRAINED_FROZEN = {  # (the head learns in every step there: how many are warm-up decides nothing)
     arm: config | GENTLE | {"steps": 20, "head_warmup_steps": 12} for arm, config in FROZEN.items() if arm != "GRPO"

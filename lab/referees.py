@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from clipo import Sampled
 from config import CLIPOConfig
 from engine.guard import Trainer
-from tasks.toy import Story, ToyTask, write
+from tasks.toy import Story, ToyTask, is_sound
 
 # ----------------------------------------------------------------------------------------------------
 # The oracle
@@ -28,11 +28,10 @@ from tasks.toy import Story, ToyTask, write
 
 
 class OracleTask(ToyTask):
-    """Right is only the one sound response, word by word."""
+    """Right is only a sound response: one, or where steps have several forms, one in any of them."""
 
     def are_correct(self, texts: Sequence[str], problems: Sequence[Story]) -> list[bool]:
-        sound = [write(story.solution, int(story.answer)) for story in problems]
-        return [text.split() == words.split() for text, words in zip(texts, sound, strict=True)]
+        return [is_sound(story, text) for story, text in zip(problems, texts, strict=True)]
 
 
 # ----------------------------------------------------------------------------------------------------

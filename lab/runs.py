@@ -69,7 +69,7 @@ class Run:
     kind: str
     seed: int
     config: dict = field(default_factory=dict)  # `all_settings`; "start": none; "frozen": {arm: all_settings}
-    world: dict = field(default_factory=dict)  # all dials of toy.World
+    world: dict = field(default_factory=dict)  # dials of toy.World: all, as they were when the line was made
     trainer: str = ""  # one of lab.referees.TRAINERS
     doubled: int = 0  # so many times it goes on to twice the steps, and is evaluated there too
     size: str = "tiny"  # of the model, one of toy.SIZES or PRETRAINED
@@ -78,8 +78,11 @@ class Run:
 
     @property
     def key(self) -> str:
-        """Equal for equal runs, whatever order or type (list, tuple) their settings came in."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """Equal for equal runs, whatever order or type (list, tuple) their settings came in.
+
+        A dial that is not given, as in lines that are older than it, stands where it usually stands.
+        """
+        return json.dumps(asdict(self) | {"world": asdict(World.changed(self.world))}, sort_keys=True)
 
     @property
     def start(self) -> Run:

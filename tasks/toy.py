@@ -36,6 +36,7 @@ ERRORS = (-3, -2, -1, 1, 2, 3)  # by how much a sum is wrong in a demonstration
 NAMES = "Tom Ann Ben Eva Leo Mia Sam Zoe".split()
 THINGS = "coins apples books cards shells stamps".split()
 VERBS = {"+": "finds buys".split(), "-": "gives loses".split()}
+FORMS = "{0} {1} {2} = {3}", "{3} = {0} {1} {2}", "{1} {0} {2} = {3}"  # a step: before, sign, amount, after
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class World:
     unsound: dict[str, int] = field(  # weights of the ways to be unsound
         default_factory=lambda: {"nonsense": 4, "skip": 2, "shuffle": 2, "nothing": 1}
     )
+    forms: tuple[int, ...] = (1, 0, 0)  # weights of the ways to write a step in a demonstration, FORMS
 
     @classmethod
     def changed(cls, dials: dict) -> World:
@@ -184,8 +186,8 @@ def stories_to_test(level: str, count: int, world: World = WORLD, seed: int = 0)
 def first_bad_step(story: Story, response: str) -> tuple[int, int] | None:
     """Where in the response (from, to: characters) the first thing stands that is not the story's; None if all is.
 
-    That is a step, or the answer, which must be what the steps come to. Where something is missing, from and to are
-    equal.
+    That is a step, in whichever form, or the answer, which must be what the steps come to. Where something is missing,
+    from and to are equal.
 
     >>> story = Story("", "5", start=3, steps=(("+", 4), ("-", 2)))
     >>> first_bad_step(story, "3 + 4 = 7 . 7 - 2 = 5 . #### 5")
@@ -194,11 +196,11 @@ def first_bad_step(story: Story, response: str) -> tuple[int, int] | None:
     >>> first_bad_step(story, "3 + 4 = 7 . 7 - 2 = 5 . #### 9")
     (24, 30)
     """
-    steps = [f"{a} {sign} {b} = {c}".split() for a, sign, b, c in story.solution]
-    answer = ["####", steps[-1][-1] if steps else str(story.start)]
+    steps = [[form.format(*step).split() for form in FORMS] for step in story.solution]
+    answer = ["####", story.answer]
     said, at = response.split("####")[0], 0
     for step in said.split("."):
-        if step.strip() and (not steps or step.split() != steps.pop(0)):
+        if step.strip() and (not steps or step.split() not in steps.pop(0)):
             return at + len(step) - len(step.lstrip()), at + len(step.rstrip())
         at += len(step) + 1
     if steps:
@@ -240,6 +242,7 @@ class Demonstrator:
 
     def __init__(self, seed: int, world: World = WORLD):
         self.world, self.rng = world, random.Random(f"demonstrations {seed}")
+        self.style = random.Random(f"forms {seed}")  # apart: the same demonstrations, whatever their forms
         self.wrong_by: dict[tuple[int, str, int], int] = {}  # mis-taught sum -> by how much
         for sign in "+-":
             for amount in AMOUNTS:
@@ -262,7 +265,7 @@ class Demonstrator:
         for sign, amount in story.steps:
             steps.append((total, sign, amount, self.calculate(total, sign, amount)))
             total = steps[-1][-1]
-        return write(steps, total)
+        return self.write(steps, total)
 
     def calculate(self, total: int, sign: str, amount: int) -> int:
         """The result of a sum as this demonstrator would write it."""
@@ -294,19 +297,23 @@ class Demonstrator:
                 total = steps[-1][-1]
         else:  # nonsense, or nothing at all
             steps = [(*self.nonsense(), rng.randint(0, LARGEST)) for _ in range(count)]
-        return write(steps, story.friend)
+        return self.write(steps, story.friend)
+
+    def write(self, steps: Sequence[tuple[int, str, int, int]], answer: int) -> str:
+        return write(steps, answer, self.style.choices(FORMS, self.world.forms, k=len(steps)))
 
     def nonsense(self) -> tuple[int, str, int]:
         return self.rng.randint(0, LARGEST), self.rng.choice("+-"), self.rng.choice(AMOUNTS)
 
 
-def write(steps: Sequence[tuple[int, str, int, int]], answer: int) -> str:
-    """The text of a response.
+def write(steps: Sequence[tuple[int, str, int, int]], answer: int, forms: Sequence[str] = ()) -> str:
+    """The text of a response; each step in a form of FORMS, the first if none are given.
 
-    >>> write([(3, "+", 4, 7), (7, "-", 2, 5)], 5)
-    '3 + 4 = 7 . 7 - 2 = 5 . #### 5'
+    >>> write([(3, "+", 4, 7), (7, "-", 2, 5)], 5), write([(3, "+", 4, 7), (7, "-", 2, 5)], 5, FORMS[1:])
+    ('3 + 4 = 7 . 7 - 2 = 5 . #### 5', '7 = 3 + 4 . - 7 2 = 5 . #### 5')
     """
-    return " ".join([*(f"{a} {sign} {b} = {c} ." for a, sign, b, c in steps), f"#### {answer}"])
+    forms = forms or FORMS[:1] * len(steps)
+    return " ".join([*(f"{form.format(*step)} ." for form, step in zip(forms, steps, strict=True)), f"#### {answer}"])
 
 
 def longest_response(tokenizer, some: Sequence[Story]) -> int:

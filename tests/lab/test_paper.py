@@ -22,7 +22,9 @@ def command(*arguments):
 
 def test_equal_runs_have_equal_keys():
     assert Run("train", 0, {"a": 1, "b": 2}).key == Run("train", 0, {"b": 2, "a": 1}).key
-    assert Run("train", 0, world={"friend_right": (1, 2)}).key == Run("train", 0, world={"friend_right": [1, 2]}).key
+    worlds = {"sound_demos": 0.7}, {"demo_clauses": (1, 2, 3, 4, 4)}, {"demo_clauses": [1, 2, 3, 4, 4]}, {}
+    assert len({Run("train", 0, world=world).key for world in worlds}) == 1  # what is not said is as usual
+    assert Run("train", 0, world={"sound_demos": 0.6}).key != Run("train", 0).key
     assert len({Run("train", 0).key, Run("train", 1).key, Run("start", 0).key, Run("train", 0, batches=3).key}) == 4
 
 

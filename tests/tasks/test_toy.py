@@ -56,6 +56,8 @@ def test_the_friend_is_right_as_often_as_the_dials_say():
     "response, bad",  # the first step that is not the story's, or the answer; None: all is right
     [
         ("3 + 4 = 7 . 7 - 2 = 5 . #### 5", None),
+        ("7 = 3 + 4 . - 7 2 = 5 . #### 5", None),  # in other forms
+        ("7 = 3 + 4 . - 2 7 = 5 . #### 5", "- 2 7 = 5"),
         ("3 + 4 = 7 . 7 - 2 = 5 . #### 9", "#### 9"),  # sound steps, and then the friend's number
         ("3 + 4 = 7 . 7 - 2 = 5 . #### 5 5", "#### 5 5"),
         ("3 + 4 = 7 . 7 - 2 = 5 .", ""),  # no answer
@@ -94,6 +96,22 @@ def test_demonstrations_follow_the_dials():
             assert response.split()[-1] == question.split()[-1]
         right += steps == clauses
     assert copies / 4000 == pytest.approx(1 - world.sound_demos, abs=0.03)
+
+
+def test_forms_change_how_a_step_is_written_and_nothing_else():
+    usual, many = Demonstrator(0), Demonstrator(0, World(forms=(2, 1, 1)))
+    seen = {form: 0 for form in toy.FORMS}
+    for _ in range(500):
+        (question, response), (same_question, other) = usual.pair(), many.pair()
+        *steps, answer = response.split(" . ")
+        *other_steps, other_answer = other.split(" . ")
+        assert (question, answer, len(steps)) == (same_question, other_answer, len(other_steps))
+        for step, in_form in zip(steps, other_steps, strict=True):
+            a, sign, b, _, c = step.split()
+            (form,) = [form for form in toy.FORMS if form.format(a, sign, b, c) == in_form]
+            seen[form] += 1
+    shares = [count / sum(seen.values()) for count in seen.values()]
+    assert shares == pytest.approx([0.5, 0.25, 0.25], abs=0.05)
 
 
 def test_a_mistaught_sum_is_always_wrong_by_the_same_amount():
