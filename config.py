@@ -122,6 +122,12 @@ class CLIPOConfig:
     compile: bool | None = setting(
         None, "compile the decode step (default: on a GPU, in a run that is long enough to repay it)", "speed only"
     )
+    keep_captures: bool | None = setting(
+        None,
+        "keep graphs, cache and weights' copies of compiled decode steps for the next rollouts (default: on a GPU, "
+        "where memory has room for them beside the update)",
+        "speed only",
+    )
     micro_batch_tokens: int = setting(16384, "tokens in a forward and backward pass", "memory only", low=1)
     recompute_activations: bool | None = setting(
         None,

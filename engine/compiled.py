@@ -32,9 +32,8 @@ def why_not(model) -> str | None:
         return f"its activation is {config.hidden_act}"
     attention, mlp = ([getattr(of, part) for of in model.base_model.layers] for part in ("self_attn", "mlp"))
     first = [getattr(of, name) for of in attention for name in ("q_proj", "k_proj", "v_proj")]
-    rest = [of.o_proj for of in attention] + [
-        getattr(of, f"{name}_proj") for of in mlp for name in ("gate", "up", "down")
-    ]
+    rest = [of.o_proj for of in attention] + [model.get_output_embeddings()]
+    rest += [getattr(of, f"{name}_proj") for of in mlp for name in ("gate", "up", "down")]
     norms = [of for of in model.base_model.modules() if type(of).__name__.endswith("RMSNorm")]
     if not all(type(of) is nn.Linear for of in first + rest):
         return "its products are no plain nn.Linear"
@@ -85,6 +84,17 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
+def attend(q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+    """Attention of one token a row, as two products: q (rows, H, Hq / H, head width) -> the same.
+
+    keys, values (rows, H, used, head width), seen up to `position` (rows,). The Hq / H query heads of a key head are so
+    many queries to it, so that each key is read once.
+    """
+    scores = (q @ keys.transpose(2, 3)).float() * q.shape[3] ** -0.5  # (rows, H, Hq / H, used)
+    look = torch.arange(keys.shape[2], device=q.device) <= position[:, None]
+    return scores.masked_fill(~look[:, None, None], -torch.inf).softmax(-1).to(q.dtype) @ values
+
+
 def layer(
     states: Tensor, position: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, used: int, epsilon: float,
     before_attention: Tensor, qkv: Tensor, qkv_bias: Tensor | None, q_norm: Tensor | None, k_norm: Tensor | None,
@@ -93,8 +103,7 @@ def layer(
     """One layer, one token a row: states (rows, D) at `position` (rows,) -> (rows, D); keys and values are written.
 
     cos, sin (rows, 1, head width); keys, values (rows or more, H, slots, head width), of which `used` slots are read;
-    the rest are `Weights`. Attention is two products: the Hq / H query heads of a key head are so many queries to it,
-    so that each key is read once.
+    the rest are `Weights`.
     """
     rows, dtype, (heads, width) = len(states), qkv.dtype, (keys.shape[1], keys.shape[3])
 
@@ -106,10 +115,7 @@ def layer(
     q, k = rotated(norm(q, q_norm), cos, sin).to(dtype), rotated(norm(k, k_norm), cos, sin)
     row = torch.arange(rows, device=states.device)
     keys[row, :, position], values[row, :, position] = k.to(keys.dtype), v.to(values.dtype)
-    scores = q.unflatten(1, (heads, -1)) @ keys[:rows, :, :used].transpose(2, 3)  # (rows, H, Hq / H, used)
-    look = torch.arange(used, device=states.device) <= position[:, None]
-    scores = (scores.float() * width**-0.5).masked_fill(~look[:, None, None], -torch.inf)
-    mixed = scores.softmax(-1).to(dtype) @ values[:rows, :, :used]  # (rows, H, Hq / H, head width)
+    mixed = attend(q.unflatten(1, (heads, -1)), keys[:rows, :, :used], values[:rows, :, :used], position)
     states = states + F.linear(mixed.flatten(1), out)
     gate, up = F.linear(norm(states, before_mlp).to(dtype), gate_up).chunk(2, -1)
     return states + F.linear(F.silu(gate) * up, down)
@@ -130,19 +136,32 @@ def whatever_equals() -> ExitStack:
 
 
 class CompiledSteps:
-    """`engine.forward.decoded_states`, for a cache of so many `slots`. It copies weights: made anew after an update."""
+    """`engine.forward.decoded_states` and `output_logits`, for a cache of so many `slots`.
+
+    It copies weights, and must be told to `refresh` them after an update. All that it reads stays where it is, and
+    nothing is autocast's: a captured step may be replayed as long as this object lives.
+    """
 
     def __init__(self, model, slots: int):
         self.embedding, self.norm, self.run = model.get_input_embeddings(), model.base_model.norm, compiled_layer()
-        self.epsilon = model.config.rms_norm_eps
-        dtype = product_dtype(self.embedding.weight)
-        self.layers = [weights_of(one, dtype) for one in model.base_model.layers]
+        self.epsilon, self.dtype = model.config.rms_norm_eps, product_dtype(self.embedding.weight)
+        self.layers = [weights_of(one, self.dtype) for one in model.base_model.layers]
+        self.output = model.get_output_embeddings().weight.to(self.dtype)  # (V, D)
         for copy in (of for weights in self.layers for of in weights if of is not None):
             if not isinstance(copy, nn.Parameter):  # whose sizes are taken to be fixed anyway
                 torch._dynamo.mark_static(copy)
         positions = torch.arange(slots, device=model.device)[None]
         angles = model.base_model.rotary_emb(self.embedding.weight[:1, None], positions)
         self.cos, self.sin = (of[0, :, None] for of in angles)  # (slots, 1, head width)
+
+    @torch.no_grad()
+    def refresh(self, model) -> None:
+        """The copies are of the weights as they are now. (What is the model's own, and no copy, is left as it is.)"""
+        self.output.copy_(model.get_output_embeddings().weight)
+        for weights, one in zip(self.layers, model.base_model.layers, strict=True):
+            for copy, now in zip(weights, weights_of(one, self.dtype), strict=True):
+                if copy is not None:
+                    copy.copy_(now)
 
     def __call__(self, token: Tensor, position: Tensor, cache: KVCache, used: int) -> Tensor:
         """Tokens (rows,) at `position` (rows,), all below `used`: the last layer's states after the norm, (rows, D)."""
@@ -151,3 +170,8 @@ class CompiledSteps:
             for weights, keys_and_values in zip(self.layers, cache.layers, strict=True):
                 states = self.run(states, position, *angles, *keys_and_values, used, self.epsilon, *weights)
         return self.norm(states)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """States (rows, D) -> logits (rows, V)."""
+        with torch.autocast(states.device.type, enabled=False):
+            return F.linear(states.to(self.dtype), self.output)

@@ -9,6 +9,7 @@ What it serves beside: sliding windows and softcaps (`attention_mask`, `cached_a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -81,6 +82,11 @@ class KVCache(Cache):
             dtype = product_dtype(keys)  # or each step would cast all of it
             shape = self.rows, keys.shape[1], self.slots
             self.layers.append(tuple(new.new_zeros(*shape, new.shape[3], dtype=dtype) for new in (keys, values)))
+
+    def clear(self) -> None:
+        """Nothing in it: a NaN would go on, though masked, for zero times NaN is NaN."""
+        for store in itertools.chain(*self.layers):
+            store.zero_()
 
     def copy(self, source: KVCache, origin: Tensor, target: Tensor | slice, slots: int) -> None:
         """Put rows `origin`, (N,) long, of a cache (maybe this one) at rows `target` of this one."""

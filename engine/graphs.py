@@ -36,38 +36,38 @@ captures_failed: WeakKeyDictionary = WeakKeyDictionary()  # model -> why its dec
 
 
 class CapturedSteps:
-    """Runs `step(rows, used)` on a GPU as one CUDA graph per (rows, used), captured anew in each `generate`: no Python
-    and no launches per kernel.
+    """Runs `step(rows, used)` on a GPU as one CUDA graph per (rows, used): no Python and no launches per kernel.
 
     A decode step is about 30 kernels a layer, each shorter than its launch; a graph launches all of them at once. The
     very first step runs plainly (it loads kernels and fills autocast's cache). After it, each kind is captured when it
     comes up, which takes no longer than to run it plainly, and from then on it is replayed. All that a step reads and
-    writes must stay where it is. A capture that fails is said once, and this model's steps run plainly from then on; if
-    graphs are `demanded`, it raises CaptureFailed.
+    writes must stay where it is: `engine.rollouts.Workspace`. A capture that fails is said once, and this model's steps
+    run plainly from then on; if graphs are `demanded`, it raises CaptureFailed.
     """
 
-    def __init__(self, model, step: Callable[[int, int], None], demanded: bool):
-        self.model, self.step, self.demanded = model, step, demanded
+    def __init__(self, model, demanded: bool):
+        self.model, self.demanded = model, demanded
         self.begun = False
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self.pool = torch.cuda.graph_pool_handle()  # one memory for the intermediates of all graphs
 
-    def __call__(self, rows: int, used: int) -> None:
+    def __call__(self, step: Callable[[int, int], None], rows: int, used: int) -> None:
+        """Run it; always the same step."""
         kind = rows, used
         if self.begun and kind not in self.graphs and self.model not in captures_failed:
-            self.capture(kind)
+            self.capture(step, kind)
         self.begun = True
         if kind in self.graphs:
             self.graphs[kind].replay()
         else:
-            self.step(rows, used)
+            step(rows, used)
 
-    def capture(self, kind: tuple[int, int]) -> None:
+    def capture(self, step: Callable[[int, int], None], kind: tuple[int, int]) -> None:
         """Record a step without running it. Memory that runs out is for the caller to answer."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self.pool):
-                self.step(*kind)
+                step(*kind)
         except RuntimeError as reason:
             if ran_out_of_memory(reason):
                 raise

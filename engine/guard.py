@@ -79,6 +79,7 @@ class Trainer(variants.DynamicSampling):
         parts = variants.parts(config, self.random)
         # What goes on at a time; halved when memory runs out. The plain parts have nothing to halve.
         self.sizes: dict[str, int] = {}
+        self.kept: list[fast_rollouts.Workspace] | None = None  # what rollouts leave for the next ones
         if engine == "fast":
             gradient = partial(fast_update.policy_gradient, form=variants.policy_loss(config))
             generate = partial(
@@ -88,6 +89,7 @@ class Trainer(variants.DynamicSampling):
             )
             parts = replace(parts, generate=generate, policy_gradient=gradient)
             self.sizes = {"max_batch": config.max_batch, "micro_batch_tokens": config.micro_batch_tokens}
+            self.kept = [] if config.keep_captures else None
         self.unguarded = parts
         self.parts = replace(parts, generate=self.generate, loss=self.loss, policy_gradient=self.policy_gradient)
         if self.reference is not None and config.in_bfloat16(policy.device.type):  # nobody updates it
@@ -151,7 +153,8 @@ class Trainer(variants.DynamicSampling):
         state = generator.get_state()
 
         def attempt(tokens: int = max_new_tokens, **sizes) -> Rollouts:
-            chosen_now = {**chosen, **sizes, "max_new_tokens": tokens, "generator": generator.set_state(state)}
+            generator.set_state(state)
+            chosen_now = {**chosen, **sizes, "max_new_tokens": tokens, "generator": generator, "kept": self.kept}
             with self.mixed_precision():
                 return self.unguarded.generate(policy, prompts, **chosen_now)
 
@@ -257,6 +260,7 @@ class Trainer(variants.DynamicSampling):
         except RuntimeError as error:
             if not ran_out_of_memory(error):
                 raise
+        self.kept = None
         if self.policy.device.type == "cuda":
             torch.cuda.empty_cache()
         return None

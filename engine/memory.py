@@ -22,6 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from border import OptionParser, UserError, in_short, status_of
 from config import TRACKS, CLIPOConfig, add_options, config_from
+from engine.forward import round_up
+from engine.rollouts import PACE
 from engine.update import LOGITS_AT_ONCE
 
 
@@ -72,12 +74,17 @@ def memory_plan(model: nn.Module, config: CLIPOConfig, longest_prompt: int, bflo
 
     rows, slots = min(B, config.max_batch), longest_prompt + T
     prompts = math.ceil(rows / config.samples_per_prompt) * longest_prompt  # tokens of a prefill
-    device = model.device.type.replace("meta", "cuda")  # a card is asked about with no weights at hand
-    compiled = matrices - model.get_output_embeddings().weight.numel() if config.compiles(device) else 0
+    compiles = config.compiles(device_of(model))
+    keeps = compiles and bool(config.keep_captures)
+    compiled = matrices - model.get_output_embeddings().weight.numel() if compiles else 0
+    copy = {"copy for compiled steps": product * compiled}
+    cached = rows * (round_up(slots, PACE["cuda"].bucket) if keeps else slots), prompts
+    cache, of_prefill = (product * 2 * layers * KV * tokens for tokens in cached)
+    if keeps:
+        plan.lasting |= {**copy, "cache": cache}
     plan.rollouts = {
         "bfloat16 copy": copies,
-        "copy for compiled steps": product * compiled,
-        "cache": product * 2 * layers * KV * (rows * slots + prompts),
+        **({"cache of a prefill": of_prefill} if keeps else {**copy, "cache": cache + of_prefill}),
         "rollouts": 17 * B * T,  # with a random number for each token
         # Prefill holds a layer's activations; decoding holds logits, probabilities and their sums.
         "activations, logits": max(prompts * (8 * D + 3 * product * FF), rows * V * (8 + product)),
@@ -118,15 +125,27 @@ def device_bytes(device: torch.device) -> float:
 
 
 def fitting(model: nn.Module, config: CLIPOConfig, longest_prompt: int, bfloat16: bool, room: float) -> CLIPOConfig:
-    """The settings with `recompute_activations` decided: only where all activations would not fit in `room` bytes.
+    """The settings with two of them decided, by what fits in `room` bytes.
 
-    (Nine tenths of them: the plan is of tensors, and an allocator has gaps.)
+    `recompute_activations`: only where all activations would not fit; then `keep_captures`: where what rollouts leave
+    for the next ones fits too. (In nine tenths of the room: the plan is of tensors, and an allocator has gaps.)
     """
-    if config.recompute_activations is not None:
-        return config
-    kept = replace(config, recompute_activations=False)
-    again = memory_plan(model, kept, longest_prompt, bfloat16).peak > 0.9 * room
-    return replace(config, recompute_activations=again)
+
+    def fits(**chosen) -> bool:
+        return memory_plan(model, replace(config, **chosen), longest_prompt, bfloat16).peak <= 0.9 * room
+
+    if config.recompute_activations is None:
+        again = not fits(recompute_activations=False, keep_captures=False)
+        config = replace(config, recompute_activations=again)
+    if config.keep_captures is None:
+        captures = device_of(model) == "cuda" and config.compiles("cuda")
+        config = replace(config, keep_captures=captures and fits(keep_captures=True))
+    return config
+
+
+def device_of(model: nn.Module) -> str:
+    """Its kind; a GPU's where it has no weights: a card is asked about."""
+    return model.device.type.replace("meta", "cuda")
 
 
 def layer_activations(tokens: int, keys: int, D: int, FF: int, product: int) -> float:

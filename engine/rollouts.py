@@ -5,6 +5,7 @@ What it saves beside what a forward pass does (engine/forward.py):
                       row until the last has ended, and holds all rollouts at once
     CapturedSteps     on a GPU a decode step is one CUDA graph, not hundreds of launches (engine/graphs.py)
     CompiledSteps     that graph has half the kernels (engine/compiled.py)
+    Workspace         what those graphs read and write; it may serve the next call, graphs and all
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,16 @@ from border import check_generate_arguments
 from clipo import Rollouts, in_float32
 from engine.check import check_model, may_compile
 from engine.compiled import CompiledSteps
-from engine.forward import KVCache, decoded_states, output_logits, prefill, prompts_of, round_up, serving
+from engine.forward import (
+    KVCache,
+    decoded_states,
+    output_logits,
+    prefill,
+    product_dtype,
+    prompts_of,
+    round_up,
+    serving,
+)
 from engine.graphs import CapturedSteps
 
 # ----------------------------------------------------------------------------------------------------
@@ -132,15 +141,21 @@ class Written:
     hidden: Tensor  # (B + 1, D), a sum
 
     @classmethod
-    def blank(cls, count: int, max_new_tokens: int, width: int, pad: int, device: torch.device) -> Written:
-        """`count` empty responses and the spare one."""
+    def room(cls, count: int, max_new_tokens: int, width: int, device: torch.device) -> Written:
+        """For `count` responses and the spare one; to be cleared before use."""
         shape = count + 1, max_new_tokens
         return cls(
-            tokens=torch.full(shape, pad, device=device),
-            mask=torch.zeros(shape, dtype=torch.bool, device=device),
-            logprobs=torch.zeros(shape, device=device),
-            hidden=torch.zeros(count + 1, width, device=device),
+            tokens=torch.empty(shape, dtype=torch.long, device=device),
+            mask=torch.empty(shape, dtype=torch.bool, device=device),
+            logprobs=torch.empty(shape, device=device),
+            hidden=torch.empty(count + 1, width, device=device),
         )
+
+    def clear(self, pad: int) -> None:
+        """All responses are empty."""
+        self.tokens.fill_(pad)
+        for values in (self.mask, self.logprobs, self.hidden):
+            values.zero_()
 
     def write(self, rollout: Tensor, t: Tensor, token: Tensor, logprob: Tensor, state: Tensor) -> None:
         """Token t of some rollouts, drawn from `state` (rows, D); all else (rows,)."""
@@ -150,11 +165,11 @@ class Written:
         self.hidden[rollout] = state.float() + self.hidden[rollout] * (t > 1)[:, None]
 
     def rollouts(self, P: int) -> Rollouts:
-        """Without the spare one, in P groups, T the longest response."""
+        """Copies, without the spare one, in P groups, T the longest response."""
         longest = int(self.mask[:-1].sum(-1).max())
         hidden = self.hidden / (self.mask.sum(-1, keepdim=True) - 1).clamp(min=1)  # sum -> mean
         cut = self.tokens[:, :longest], self.mask[:, :longest], self.logprobs[:, :longest], hidden
-        return Rollouts(*(values[:-1].unflatten(0, (P, -1)) for values in cut))  # (B + 1, ...) -> (P, G, ...)
+        return Rollouts(*(values[:-1].unflatten(0, (P, -1)).clone() for values in cut))  # (B + 1, ...) -> (P, G, ...)
 
 
 class Batch:
@@ -164,16 +179,18 @@ class Batch:
     them pays for moving the others together. Then waiting rollouts, if there are any, take the free rows.
     """
 
-    def __init__(self, prompts: Sequence[Sequence[int]], group: Tensor, max_rows: int, max_new_tokens: int, pace: Pace):
-        self.prompts, self.group, self.max_new_tokens, self.pace = prompts, group, max_new_tokens, pace
-        self.slots = round_up(max(map(len, prompts)) + max_new_tokens, min(pace.bucket, 16))  # see attention_mask
-        self.cache = KVCache(max_rows, self.slots)
+    def __init__(self, count: int, max_rows: int, slots: int, max_new_tokens: int, pace: Pace, device: torch.device):
+        self.spare, self.slots, self.max_new_tokens, self.pace = count, slots, max_new_tokens, pace
+        self.cache = KVCache(max_rows, slots)
+        self.table = torch.zeros(4, max_rows, dtype=torch.long, device=device)  # what each row does next, see `next`
+        self.idle = self.table.new_tensor([[self.spare], [0], [0], [0]])
+
+    def begin(self, prompts: Sequence[Sequence[int]], group: Tensor) -> None:
+        """All `count` rollouts wait, (count,) long: which prompt each continues."""
+        self.prompts, self.group, self.waiting = prompts, group, torch.arange(self.spare, device=group.device)
         self.rows = 0  # how many rows, from the first on, are in use
         self.used = 0  # no row in use has a token at this slot or beyond
-        self.spare = len(group)
-        self.waiting = torch.arange(self.spare, device=group.device)
-        self.table = group.new_zeros(4, max_rows)  # what each row does next, see `next`
-        self.idle = group.new_tensor([[self.spare], [0], [0], [0]])
+        self.cache.clear()
 
     def next(self, rows: int) -> Tensor:
         """Rollout, t, token, position of the first rows, (4, rows): feeding `token` at `position` gives token t."""
@@ -248,6 +265,70 @@ def check_own_arguments(top_k: int, top_p: float, max_batch: int | None) -> None
             raise ValueError(message)
 
 
+class Chosen(NamedTuple):
+    """What the steps of a rollout phase depend on, beside the model and the prompts."""
+
+    count: int  # rollouts
+    rows: int  # of them at a time, at most
+    slots: int  # tokens of one, prompt included, at most
+    max_new_tokens: int
+    stop: tuple[int, ...]
+    temperature: float
+    top_k: int
+    top_p: float
+    cuda_graphs: bool | None
+    compiled: bool
+    dtype: torch.dtype  # of products
+
+
+class Workspace:
+    """All that decode steps read and write. It stays where it is: a captured step knows addresses."""
+
+    def __init__(self, model, chosen: Chosen):
+        self.model, self.chosen, device = model, chosen, model.device
+        self.pace = PACE.get(device.type, PACE["cuda"])
+        if chosen.compiled:
+            self.pace = self.pace._replace(least=2)  # one row would be compiled apart
+        self.batch = Batch(chosen.count, chosen.rows, chosen.slots, chosen.max_new_tokens, self.pace, device)
+        width = model.get_output_embeddings().in_features
+        self.written = Written.room(chosen.count, chosen.max_new_tokens, width, device)
+        self.uniform = torch.zeros(chosen.count + 1, chosen.max_new_tokens, device=device)
+        self.stop = torch.tensor(chosen.stop, device=device)
+        self.compiled = CompiledSteps(model, chosen.slots) if chosen.compiled else None
+        captures = device.type == "cuda" and chosen.cuda_graphs is not False
+        self.captured = CapturedSteps(model, demanded=bool(chosen.cuda_graphs)) if captures else None
+
+    def step(self, rows: int, used: int) -> None:
+        """One token for each of the first rows of the batch."""
+        rollout, t, token, position = self.batch.next(rows)
+        if self.compiled:
+            state = self.compiled(token, position, self.batch.cache, used)  # (rows, D)
+            logits = self.compiled.logits(state)
+        else:
+            state = decoded_states(self.model, token, position, self.batch.cache, used)
+            logits = output_logits(self.model, state)
+        how = self.chosen
+        token, logprob = sample(logits, self.uniform[rollout, t], how.temperature, how.top_k, how.top_p)
+        self.written.write(rollout, t, token, logprob, state)
+        self.batch.advance(token, ended=(token[:, None] == self.stop).any(-1))
+
+    def roll_out(self, prompts: Sequence[Sequence[int]], group: Tensor, uniform: Tensor) -> Rollouts:
+        """Rollouts of the model as it is now: group (count,) long, uniform (count, max_new_tokens)."""
+        self.batch.begin(prompts, group)
+        self.written.clear(pad=self.chosen.stop[0])
+        self.uniform[:-1] = uniform
+        if self.compiled:
+            self.compiled.refresh(self.model)
+        while self.batch.refill(self.model):  # prefill
+            used = self.batch.reach()
+            for _ in range(min(self.pace.steps, self.chosen.max_new_tokens)):  # decode, sample, stop
+                if self.captured:
+                    self.captured(self.step, self.batch.rows, used)
+                else:
+                    self.step(self.batch.rows, used)
+        return self.written.rollouts(len(prompts))
+
+
 @torch.no_grad()
 def generate(
     model,
@@ -263,6 +344,7 @@ def generate(
     max_batch: int | None = None,
     cuda_graphs: bool | None = None,
     compiled: bool = False,
+    kept: list[Workspace] | None = None,
 ) -> Rollouts:
     """What `clipo.generate` returns, sooner. What is not said there:
 
@@ -270,6 +352,8 @@ def generate(
     rollout has its own row of random numbers, so others cannot change it. top_k, top_p: see `truncate`.
     cuda_graphs: see `CapturedSteps` (GPUs only; None: where they work, True: or CaptureFailed).
     compiled: decode steps by `CompiledSteps`, where this model's can be; if not, that is said once.
+    kept: an empty list, the same in every call: what compiled steps read and write, and their graphs, wait in it for
+    the next call. (Other steps read copies of weights that autocast frees.) Meanwhile the model must stay where it is.
 
     Raises ValueError for arguments out of range, ValueError or NotImplementedError for a model that cannot be served.
     """
@@ -277,30 +361,21 @@ def generate(
     check_own_arguments(top_k, top_p, max_batch)
     check_model(model)
     compiled = compiled and may_compile(model)
-    device, width = model.device, model.get_output_embeddings().in_features
-    group = torch.arange(len(prompts), device=device).repeat_interleave(samples_per_prompt)  # (B,)
-    count = len(group)
-    pace = PACE.get(device.type, PACE["cuda"])._replace(least=2 if compiled else 1)  # one row would be compiled apart
-    batch = Batch(prompts, group, min(count, max_batch or count), max_new_tokens, pace)
-    written = Written.blank(count, max_new_tokens, width, pad=stop[0], device=device)
-    uniform = F.pad(torch.rand(count, max_new_tokens, generator=generator), (0, 0, 0, 1)).to(device)  # (B + 1, T)
-    stop = torch.tensor(stop, device=device)
-
-    def step(rows: int, used: int) -> None:
-        """One token for each of the first rows of the batch."""
-        rollout, t, token, position = batch.next(rows)
-        state = decode(token, position, batch.cache, used)  # (rows, D)
-        token, logprob = sample(output_logits(model, state), uniform[rollout, t], temperature, top_k, top_p)
-        written.write(rollout, t, token, logprob, state)
-        batch.advance(token, ended=(token[:, None] == stop).any(-1))
-
+    group = torch.arange(len(prompts), device=model.device).repeat_interleave(samples_per_prompt)  # (B,)
+    count, longest, keeps = len(group), max(map(len, prompts)) + max_new_tokens, compiled and kept is not None
+    bucket = PACE.get(model.device.type, PACE["cuda"]).bucket
+    # On a GPU in 16s, see attention_mask; kept, in buckets, so that it is seldom another.
+    slots, rows = round_up(longest, bucket if keeps else min(bucket, 16)), min(count, max_batch or count)
+    dtype = product_dtype(model.get_input_embeddings().weight)
+    how = temperature, top_k, top_p, cuda_graphs, compiled, dtype
+    chosen = Chosen(count, rows, slots, max_new_tokens, tuple(stop), *how)
+    uniform = torch.rand(count, max_new_tokens, generator=generator).to(model.device)
+    workspace = kept.pop() if kept else None
+    if workspace is None or workspace.model is not model or workspace.chosen != chosen:
+        workspace = None  # its memory is free before the next one's is taken
+        workspace = Workspace(model, chosen)
     with serving(model):
-        decode = CompiledSteps(model, batch.slots) if compiled else partial(decoded_states, model)
-        captured = device.type == "cuda" and cuda_graphs is not False
-        run = CapturedSteps(model, step, demanded=bool(cuda_graphs)) if captured else step
-        while batch.refill(model):  # prefill
-            used = batch.reach()
-            for _ in range(min(pace.steps, max_new_tokens)):  # decode, sample, stop
-                run(batch.rows, used)
-
-    return written.rollouts(len(prompts))
+        rollouts = workspace.roll_out(prompts, group, uniform)
+    if keeps:
+        kept.append(workspace)
+    return rollouts

@@ -43,6 +43,7 @@ from engine.rollouts import generate
 from engine.update import response_logprobs
 from lab import gsm8k
 from lab.bench.against_trl import trl_table
+from lab.bench.candidates import attention_table, passes_table
 from lab.bench.decode import decode_table
 from lab.bench.load import Load, make_model, make_prompts
 from lab.bench.machine import Machine
@@ -236,12 +237,14 @@ PIECES = {
     },
     "waits": Piece("where the host waits for the GPU", 0.3, waits_table),
     "profile": Piece("a decode step: plain, replayed, kernels, floor", 1, decode_table, DECODED, tried=False),
+    "attention": Piece("one query a row: four ways, replayed", 0.8, attention_table),
+    "passes": Piece("the update's passes: as they are, compiled, packed", 1.5, passes_table, Load("0.5B", 4, 8, 512)),
     "gsm8k": Piece("the paper's first track at 135M: one chunk of several", 7.5, first_track, tried=False),
 }
 
 FIRST = (  # what is worth most, where there are only minutes
-    "rates", "rollouts-0.5B-512-eager", "profile", "update-0.5B", "trl-0.5B", "rollouts-0.5B-512-static",
-    "exact-graphs", "rollouts-0.5B-2048-eager", "rollouts-1.5B-512-eager",
+    "rates", "rollouts-0.5B-512-eager", "profile", "attention", "update-0.5B", "passes", "trl-0.5B",
+    "rollouts-0.5B-512-static", "exact-graphs", "rollouts-0.5B-2048-eager", "rollouts-1.5B-512-eager",
 )  # fmt: skip
 
 GOALS = {  # by the side that a row is about

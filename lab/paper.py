@@ -65,7 +65,7 @@ HARDEST = 1002  # of the tuning seeds: on which three changes fail
 EXPERIMENTS = {  # the most important first: `all` may be stopped
     "track1": Experiment("Track I in miniature", of.TRACK1, 16, FRESH, track1_figure),
     "long": Experiment("Four times as many steps", of.LONG, 4, FRESH),
-    "surfaces": Experiment("A step in one of three forms: is learnt agreement worth more than equal texts?", of.SURFACES),
+    "surfaces": Experiment("Steps in three forms: is learnt agreement worth more than equal texts?", of.SURFACES),
     "dial": Experiment("Where does CLIPO fail? By friend and by mis-taught sums", of.DIAL, 4, FRESH),
     "alone": Experiment("Without a useful friend: are more answers right?", of.NO_FRIEND, 4, FRESH),
     "rivals": Experiment("Beside others that hold", of.RIVALS, 4, FRESH + 8),

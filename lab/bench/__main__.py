@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="smallest sizes, one run")
     parser.add_argument("--runs", type=int, help="measured runs of each side (default: 5)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--compile", action="store_true", help="rollouts on a CPU: with compiled decode steps, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and tables there too")
     parser.add_argument("--chart", type=Path, metavar="FILE", help="draw the table `step` as bars there (.png)")
     given = parser.parse_args(arguments)
@@ -63,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--chart draws the table `step`; name it too")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = given.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    machine = Machine(device, getattr(torch, dtype), given.runs or (1 if given.quick else 5), given.quick)
+    machine = Machine(
+        device, getattr(torch, dtype), given.runs or (1 if given.quick else 5), given.quick, given.compile
+    )
     flops, traffic = machine.rates()
     about = {**machine.describe(), "matmul": f"{flops / 1e9:.0f} Gflop/s", "copy": f"{traffic / 1e9:.0f} GB/s"}
     about["command"] = " ".join(["python -m lab.bench", *(sys.argv[1:] if arguments is None else arguments)])

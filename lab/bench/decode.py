@@ -23,13 +23,13 @@ def decode_table(machine: Machine, load: Load | None = None) -> list[dict]:
 
     seen: list[tuple[int, ...]] = []
 
-    def run(steps: CapturedSteps, *kind: int) -> None:
-        plainly = partial(steps.step, *kind)
+    def run(steps: CapturedSteps, step: Callable[[int, int], None], *kind: int) -> None:
+        plainly = partial(step, *kind)
         plainly()
         seen.append(kind)
         if seen.count(kind) == 4 and not rows:  # the first ones load kernels
             steps.demanded = True
-            steps.capture(kind)
+            steps.capture(step, kind)
             for what, one in (("run plainly", plainly), ("replayed as a graph", steps.graphs[kind].replay)):
                 one()
                 seconds = machine.seconds(lambda one=one: [one() for _ in range(8)]) / 8

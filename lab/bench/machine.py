@@ -23,6 +23,7 @@ class Machine:
     dtype: torch.dtype
     runs: int  # measured runs of each side; the table has their median
     quick: bool
+    compile: bool = False  # on a CPU: are compiled decode steps measured too?
     until: float = math.inf  # no round of runs begins that would end after this, by time.perf_counter
 
     @property

@@ -92,10 +92,10 @@ def rollouts_rows(machine: Machine, load: Load, peers: Sequence[str] | None = No
     model, prompts, eos = make_model(load.size, machine), make_prompts(load), ending_ids(load)
     ours, produced, peaks = "ours", {}, {}
 
-    def our_rollouts(seed: int, compiled: bool = machine.on_gpu) -> clipo.Rollouts:
+    def our_rollouts(seed: int, compiled: bool = machine.on_gpu, kept: list | None = None) -> clipo.Rollouts:
         return generate(
             model, prompts, samples_per_prompt=load.G, max_new_tokens=load.T, eos_token_id=eos,
-            generator=torch.Generator().manual_seed(seed + 1), compiled=compiled,
+            generator=torch.Generator().manual_seed(seed + 1), compiled=compiled, kept=kept,
         )  # fmt: skip
 
     def count(name: str, side: Callable) -> Callable:
@@ -108,9 +108,15 @@ def rollouts_rows(machine: Machine, load: Load, peers: Sequence[str] | None = No
 
         return run
 
-    sides = {ours: our_rollouts} | (
-        {"ours, not compiled": partial(our_rollouts, compiled=False)} if machine.on_gpu else {}
-    )
+    sides = {ours: our_rollouts}
+    if machine.on_gpu:
+        sides = {
+            ours: partial(our_rollouts, kept=[]),  # graphs of the run before, as in training
+            "ours, captured anew": our_rollouts,
+            "ours, not compiled": partial(our_rollouts, compiled=False),
+        }
+    elif machine.compile:
+        sides["ours, compiled"] = partial(our_rollouts, compiled=True)
     for peer in peers or list(PEERS)[: None if machine.on_gpu else 1]:
         told = PEERS[peer]
         sides[peer] = (

@@ -69,7 +69,7 @@ IN_ROLLOUTS = {  # a trick of engine/rollouts.py, and how to leave it out
     "a large weight is multiplied in blocks (CPU)": replaced(engine.forward, "in_blocks", nn.Linear.forward),
     "a prompt is computed once for its rollouts": replaced(engine.rollouts, "prompts_of", own_prompts),
     "an RMSNorm is one kernel (GPU)": replaced(engine.forward, "is_plain_rmsnorm", lambda _: False),
-    "steps are replayed as graphs (GPU)": replaced(CapturedSteps, "__call__", lambda steps, *kind: steps.step(*kind)),
+    "steps are replayed as graphs (GPU)": replaced(CapturedSteps, "__call__", lambda _, step, *kind: step(*kind)),
 }
 IN_UPDATE = {  # the same of engine/update.py
     "a prompt is computed once for its rollouts": replaced(engine.update, "prompts_of", own_prompts),

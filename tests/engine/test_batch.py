@@ -1,6 +1,8 @@
 """What the rollout loop does for speed changes nothing in what it returns."""
 
 import copy
+import gc
+import weakref
 from unittest import mock
 
 import pytest
@@ -92,7 +94,7 @@ def test_the_cache_copies_rows_within_itself():
 )
 def test_rows_that_go_on_close_ranks(working, now):
     """Only those from further back are moved, to places of ended ones."""
-    batch = fast.Batch([[5]], torch.zeros(7, dtype=torch.long), 7, 2, fast.PACE["cpu"])
+    batch = fast.Batch(7, 7, slots=3, max_new_tokens=2, pace=fast.PACE["cpu"], device=torch.device("cpu"))
     batch.cache.begin(torch.arange(2)[None], used=2)
     batch.cache.update(*torch.randn(2, 7, 2, 2, 6), 0)
     batch.table, batch.rows, batch.used = torch.arange(28).view(4, 7), 7, 2
@@ -100,6 +102,20 @@ def test_rows_that_go_on_close_ranks(working, now):
     batch.keep(working)
     assert batch.rows == len(now) and batch.next(batch.rows).equal(table[:, now])
     assert batch.cache.layers[0][0][: len(now)].equal(keys[now])
+
+
+def test_the_cache_is_gone_when_the_rollouts_are_there(qwen2, monkeypatch):
+    """Without waiting for Python to look for cycles: the update wants its memory."""
+    caches, allocate = [], fast.KVCache.__init__
+    monkeypatch.setattr(
+        fast.KVCache, "__init__", lambda self, *size: caches.append(weakref.ref(self)) or allocate(self, *size)
+    )
+    gc.disable()
+    try:
+        roll_out(qwen2)
+        assert len(caches) >= 2 and not any(cache() for cache in caches)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])

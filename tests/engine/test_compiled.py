@@ -31,8 +31,8 @@ def as_written(monkeypatch):
 
 
 def roll_out(generate, model, samples=5, **chosen):
-    given = dict(max_new_tokens=24, eos_token_id=[1, 2, 3], generator=torch.Generator().manual_seed(3))
-    return generate(model, PROMPTS, samples_per_prompt=samples, **given, **chosen)
+    given = dict(max_new_tokens=24, eos_token_id=[1, 2, 3], generator=torch.Generator().manual_seed(3)) | chosen
+    return generate(model, PROMPTS, samples_per_prompt=samples, **given)
 
 
 def assert_equal(got, expected):
@@ -78,15 +78,51 @@ def test_in_bfloat16_products_it_is_as_near_as_they_are(as_written):
     assert (got.logprobs - exact.logprobs)[..., :1][same].abs().max() < 0.3
 
 
-LINES = [  # a line of the layer, and what makes it wrong
+def test_what_is_kept_serves_the_next_rollouts_and_no_others(as_written):
+    """Other weights, prompts, sizes; rollouts that were handed out stay as they were."""
+    model, other, kept, before = make_model(FAMILIES["qwen2"]), make_model(FAMILIES["qwen2"]), [], []
+    loads = [(model, 5, 24), (model, 5, 24), (model, 3, 24), (model, 3, 9), (other, 3, 9), (model, 3, 9)]
+    for one, samples, tokens in loads:
+        chosen = dict(samples=samples, max_new_tokens=tokens)
+        got = roll_out(fast.generate, one, **chosen, compiled=True, max_batch=7, kept=kept)
+        assert_equal(got, roll_out(clipo.generate, one, **chosen))
+        (workspace,) = kept
+        before.append((workspace, got, type(got)(*(values.clone() for values in got))))
+        with torch.no_grad():
+            for parameter in one.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    workspaces = [workspace for workspace, *_ in before]
+    assert workspaces[0] is workspaces[1] and len({id(workspace) for workspace in workspaces}) == 5
+    assert all(map(torch.equal, got, copied) for _, got, copied in before)
+
+
+def test_a_number_that_was_none_is_not_kept(as_written):
+    model, kept = make_model(FAMILIES["qwen2"]), []
+    roll_out(fast.generate, model, compiled=True, kept=kept)
+    for keys_and_values in kept[0].batch.cache.layers:
+        for store in keys_and_values:
+            store.fill_(torch.nan)
+    assert_equal(roll_out(fast.generate, model, compiled=True, kept=kept), roll_out(clipo.generate, model))
+
+
+def test_steps_that_are_not_compiled_leave_nothing(as_written):
+    model, kept = make_model(CONFIGS["gpt2"]), []
+    with pytest.warns(UserWarning, match="gpt2 is none of"):
+        roll_out(fast.generate, model, compiled=True, kept=kept)
+    roll_out(fast.generate, model, kept=kept)
+    assert kept == []
+
+
+LINES = [  # of the layer and its attention, and what makes it wrong
     ("states, before_attention", "2 * states + 1, before_attention"),
     ("norm(q, q_norm)", "q"),
     ("rotated(norm(k, k_norm), cos, sin)", "norm(k, k_norm)"),
     ("keys[row, :, position]", "keys[row, :, 0 * position]"),
     ("v.to(values.dtype)", "k.to(values.dtype)"),
     ("<= position", "< position"),
-    ("width**-0.5", "width**-0.4"),
+    ("q.shape[3] ** -0.5", "q.shape[3] ** -0.4"),
     (".softmax(-1)", ".sigmoid()"),
+    ("@ values", "@ keys"),
     ("states = states + F.linear(mixed", "states = F.linear(mixed"),
     ("norm(states, before_mlp)", "states"),
     ("F.silu(gate) * up", "F.silu(up) * gate"),
@@ -96,7 +132,7 @@ LINES = [  # a line of the layer, and what makes it wrong
 
 @pytest.mark.parametrize("right, wrong", LINES)
 def test_a_layer_with_a_wrong_line_is_refused_and_the_tokens_stay_right(monkeypatch, right, wrong):
-    source = inspect.getsource(compiled.layer)
+    source = inspect.getsource(compiled.attend) + inspect.getsource(compiled.layer)
     assert source.count(right) == 1
     names = dict(vars(compiled))
     exec(source.replace(right, wrong), names)

@@ -1,7 +1,9 @@
 """On a GPU the same comes out as on a CPU. What needs one skips where there is none."""
 
 import copy
+import itertools
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,18 +49,44 @@ def test_waves_and_greedy_rollouts_equal_the_cpus(qwen2, max_batch, temperature)
         assert_same(on_cpu(got), expected)
 
 
-@needs_gpu
-def test_compiled_steps_equal_the_cpus_and_are_captured(qwen2, monkeypatch):
-    if torch.version.cuda is None:  # an emulated device: no compiler knows it, and the function is the same
+@pytest.fixture
+def captures(monkeypatch):
+    """The kinds that are captured, as they come up. An emulated device has no compiler: the function is the same."""
+    if torch.version.cuda is None:
         monkeypatch.setattr(compiled, "compiled_layer", lambda: compiled.layer)
-    expected = roll_out(qwen2, max_new_tokens=40)
-    captured, capture = [], graphs.CapturedSteps.capture
+    kinds, capture = [], graphs.CapturedSteps.capture
     monkeypatch.setattr(
-        graphs.CapturedSteps, "capture", lambda self, kind: captured.append(kind) or capture(self, kind)
+        graphs.CapturedSteps, "capture", lambda self, step, kind: kinds.append(kind) or capture(self, step, kind)
     )
+    return kinds
+
+
+@needs_gpu
+def test_compiled_steps_equal_the_cpus_and_are_captured(qwen2, captures):
+    expected = roll_out(qwen2, max_new_tokens=40)
     got = roll_out(copy.deepcopy(qwen2).cuda(), max_new_tokens=40, max_batch=7, compiled=True, cuda_graphs=True)
     assert_same(on_cpu(got), expected)
-    assert captured and all(rows > 1 for rows, _ in captured)
+    assert captures and all(rows > 1 for rows, _ in captures)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_graphs_serve_a_policy_that_has_learned(qwen2, captures, dtype):
+    """Captured once; replayed after an update, in an autocast of its own, they read the weights as they are now."""
+    model, kept, kinds, logprobs = copy.deepcopy(qwen2).cuda(), [], [], []
+    chosen = dict(max_new_tokens=40, max_batch=7, compiled=True, cuda_graphs=True)
+    for _ in range(3):
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            captures.clear()
+            got = roll_out(model, **chosen, kept=kept)
+            kinds += captures
+            assert_same(on_cpu(got), on_cpu(roll_out(model, **chosen)))
+        logprobs.append(got.logprobs[:, :, 0])
+        with torch.no_grad():
+            for parameter in model.parameters():  # what an optimiser does
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    assert kinds and len(kinds) == len(set(kinds))
+    assert not any(torch.equal(one, next_one) for one, next_one in itertools.pairwise(logprobs))
 
 
 @pytest.mark.parametrize("keys", [1, 15, 16, 40])
@@ -67,10 +95,17 @@ def test_rows_of_a_mask_begin_where_a_gpus_attention_wants_them(keys):
     assert mask.shape == (1, 1, 5, keys) and all(step % 16 == 0 for step in mask.stride()[:-1]) and mask.stride(-1) == 1
 
 
-def test_a_gpus_cache_and_its_used_part_are_multiples_of_16():
-    batch = fast.Batch([[1, 2, 3]], torch.zeros(4).long(), 4, max_new_tokens=30, pace=fast.PACE["cuda"])
-    batch.rows = 4
-    assert batch.slots == 48 and batch.reach() == 48
+def test_a_gpus_cache_and_its_used_part_are_multiples_of_16(qwen2, monkeypatch):
+    expected, seen, reach = roll_out(qwen2), [], fast.Batch.reach
+
+    def watched(batch):
+        seen.append((batch.slots, reach(batch)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(fast.Batch, "reach", watched)
+    monkeypatch.setitem(fast.PACE, "cpu", fast.PACE["cuda"])
+    assert_same(roll_out(qwen2), expected)
+    assert seen and all(number % 16 == 0 for numbers in seen for number in numbers)
 
 
 def test_cudnn_does_not_attend(qwen2):
@@ -164,15 +199,31 @@ def test_memory_that_runs_out_in_a_capture_halves_the_batch(monkeypatch):
 
 
 @needs_gpu
-def test_all_but_the_first_step_is_captured_each_kind_once(qwen2, monkeypatch):
-    captured, capture = [], graphs.CapturedSteps.capture
-    monkeypatch.setattr(
-        graphs.CapturedSteps, "capture", lambda self, kind: captured.append(kind) or capture(self, kind)
-    )
+def test_a_trainer_keeps_its_captures_until_memory_runs_out(captures, monkeypatch):
+    t = trainer_on_gpu(compile=True, keep_captures=True)
+    for _ in range(3):
+        assert step(t, PROMPTS, ANSWERS)["skipped"] is None
+    before = len(captures)
+    assert 0 < before == len(set(captures)) and len(t.kept) == 1
+    gradient, failed = t.unguarded.policy_gradient, []
+
+    def fails_once(*arguments, **named):
+        if not failed:
+            failed.append(run_out)
+            run_out()
+        return gradient(*arguments, **named)
+
+    monkeypatch.setattr(t, "unguarded", replace(t.unguarded, policy_gradient=fails_once))
+    assert step(t, PROMPTS, ANSWERS)["skipped"] is None and t.kept is None
+    assert step(t, PROMPTS, ANSWERS)["skipped"] is None and len(captures) > before
+
+
+@needs_gpu
+def test_all_but_the_first_step_is_captured_each_kind_once(qwen2, captures):
     roll_out(copy.deepcopy(qwen2).cuda(), max_new_tokens=1)
-    assert not captured
+    assert not captures
     roll_out(copy.deepcopy(qwen2).cuda(), max_new_tokens=40)
-    assert 1 <= len(captured) == len(set(captured)) <= 5
+    assert 1 <= len(captures) == len(set(captures)) <= 5
 
 
 # ----------------------------------------------------------------------------------------------------
