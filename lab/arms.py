@@ -221,4 +221,8 @@ FROZEN = {"GRPO": WITHOUT, "paper's constants": PAPER, "three changes": THREE, "
 PRETRAINED_FROZEN = {  # (the head learns in every step there: how many are warm-up decides nothing)
     arm: config | GENTLE | {"steps": 20, "head_warmup_steps": 12} for arm, config in FROZEN.items() if arm != "GRPO"
 }
+FORM_HEADS = {arm: FROZEN[arm] for arm in ("paper's constants", "nine changes")} | {
+    "nine changes, 16 head steps": {"head_steps": 16},
+    "nine changes, MLP head": {"head_mlp": True},
+}
 FROZEN_RATES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.99)

@@ -86,7 +86,7 @@ EXPERIMENTS = {  # the most important first: `all` may be stopped
     "small": Experiment("A model of 27M parameters", of.before(of.SMALL), 1, OLD),
     "smollm": Experiment("A pretrained model: SmolLM2-135M-Instruct, on 200 stories", of.SMOLLM, 4, 20),
 }
-NAMES = [*EXPERIMENTS, "smollm-frozen", "frozen", "push", "tsne", "all"]
+NAMES = [*EXPERIMENTS, "smollm-frozen", "frozen", "surfaces-frozen", "push", "tsne", "all"]
 APART = {"smollm", "smollm-frozen"}  # not of `all`: it wants a model that is not made here
 FROZEN_SEEDS = range(TUNING, TUNING + 2)
 
@@ -102,6 +102,21 @@ def pretrained_frozen() -> Run:
     """The same for a pretrained policy after a short start, in one world."""
     heads = {arm: all_settings(config) for arm, config in of.PRETRAINED_FROZEN.items()}
     return Run("frozen", TUNING, heads, asdict(World()), size="smollm", batches=100, stories=200)
+
+
+def forms_frozen() -> list[Run]:
+    """Heads on a policy that writes a step in one form, and on one that writes it in three."""
+    heads = {arm: all_settings(config) for arm, config in of.FORM_HEADS.items()}
+    return [Run("frozen", TUNING, heads, asdict(World(forms=forms))) for forms in ((1, 0, 0), (1, 1, 1))]
+
+
+STEP_BY_STEP = {  # frozen policies whose heads are watched as they learn: title, and a title for each run
+    "smollm-frozen": ("A pretrained policy, frozen: SmolLM2-135M-Instruct", {"": pretrained_frozen()}),
+    "surfaces-frozen": (
+        "Frozen policies whose steps have one form, or three",
+        dict(zip(("One form", "Three forms"), forms_frozen(), strict=True)),
+    ),
+}
 
 
 def seeds_of(experiment: Experiment, seeds: int | None) -> range:
@@ -176,17 +191,21 @@ def draw_frozen(out: Path, known: dict[str, dict]) -> bool:
     return True
 
 
-def draw_pretrained_frozen(out: Path, known: dict[str, dict]) -> bool:
-    """What each head is paid, step by step, while a pretrained policy stays as its start left it."""
-    if (line := known.get(pretrained_frozen().key)) is None:
+def draw_step_by_step(name: str, out: Path, known: dict[str, dict]) -> bool:
+    """What each head is paid, step by step, while the policy stays as its start left it."""
+    title, runs = STEP_BY_STEP[name]
+    lines = {part: known[run.key] for part, run in runs.items() if run.key in known}
+    if not lines:
         return False
-    right, copied = line["right"], line["copied"]
-    what = (
-        f"Of the responses {100 * copied:.0f}% copy. Right: {100 * right['calculated']:.0f}% of those that calculate, "
-        f"{100 * right['copied']:.0f}% of those that copy."
-    )
-    parts = ["# A pretrained policy, frozen: SmolLM2-135M-Instruct", provenance("smollm-frozen", [line]), what]
-    (out / "smollm-frozen.md").write_text("\n\n".join([*parts, *by_step(line)]) + "\n", encoding="utf-8")
+    parts = [f"# {title}", provenance(name, list(lines.values()))]
+    for part, line in lines.items():
+        right, copied = line["right"], line["copied"]
+        what = (
+            f"Of the responses {100 * copied:.0f}% copy. Right: {100 * right['calculated']:.0f}% of those that "
+            f"calculate, {100 * right['copied']:.0f}% of those that copy."
+        )
+        parts += [f"## {part}"] * bool(part) + [what, *by_step(line)]
+    (out / f"{name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return True
 
 
@@ -239,9 +258,9 @@ def make_and_draw(name: str, out: Path, known: dict[str, dict], given: argparse.
         return True
     if name == "push":
         return draw_push(out, known)
-    if name == "smollm-frozen":
-        run([pretrained_frozen()])
-        return draw_pretrained_frozen(out, known)
+    if name in STEP_BY_STEP:
+        run(list(STEP_BY_STEP[name][1].values()))
+        return draw_step_by_step(name, out, known)
     if name == "frozen":
         run(frozen_runs())
         return draw_frozen(out, known)

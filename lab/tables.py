@@ -321,10 +321,12 @@ def by_step(line: dict) -> list[str]:
     ):
         rows = []
         for arm, found in line["arms"].items():
-            values = found[name]
-            fours = {f"{k + 1} to {k + 4}": decimal(np.mean(values[k : k + 4])) for k in range(0, len(values), 4)}
-            rows.append({"arm": arm, **{str(k + 1): decimal(values[k]) for k in range(4)}, **fours})
-        tables += [title + " Steps, and means of four:", markdown(rows)]
+            values = [float("nan") if value is None else value for value in found[name]]
+            size = 4 if len(values) <= 20 else 12
+            parts = {f"{k + 1} to {k + size}": values[k : k + size] for k in range(0, len(values), size)}
+            means = {steps: decimal(np.nanmean(part)) for steps, part in parts.items()}
+            rows.append({"arm": arm, **{str(k + 1): decimal(values[k]) for k in range(4)}, **means})
+        tables += [title + f" Steps, and means of {'four' if size == 4 else 'twelve'}:", markdown(rows)]
     return tables
 
 
