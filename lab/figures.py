@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from config import CLIPOConfig
-from lab.arms import ENDS, FRIEND, SOUND, TEMPERATURE, TRACK1
-from lab.tables import TIMES, Lines, lied_to, over_history, push, shares
+from lab.arms import DIAL_FRIEND, DIAL_MISTAUGHT, ENDS, FRIEND, SOUND, TEMPERATURE, TRACK1
+from lab.tables import TIMES, Lines, is_held, lied_to, over_history, push, shares
 
 # One look an arm, in all figures: a colour that colour-blind readers can tell apart, a line for grey print, a marker.
 LOOKS = {
@@ -70,7 +70,7 @@ def save(figure, file: Path) -> None:
 
 def track1_figure(lines: Lines, file: Path) -> None:
     """Every seed a dot: right answers where the friend is wrong, and the share of sound rollouts over training."""
-    figure, (dots, curves) = plot().subplots(1, 2, figsize=(13, 4.8), layout="constrained")
+    figure, (dots, curves) = plot().subplots(2, 1, figsize=(7, 8.2), layout="constrained")
     steps = CLIPOConfig.for_track("toy").steps
     for place, arm in enumerate(TRACK1):
         for end, (how, fill) in enumerate(zip(TIMES.values(), ("full", "none"), strict=True)):
@@ -82,8 +82,9 @@ def track1_figure(lines: Lines, file: Path) -> None:
     start = np.median([lied_to(line) for line in lines["warm start"]])
     dots.axvline(start, color="0.4", linewidth=0.8, linestyle=":")
     title = (
-        'Right answers to "P0, friend wrong": a dot is a seed, the bar their median,\n'
-        f"the dotted line that of the starts (full: {steps} steps, hollow: {2 * steps})"
+        'Right answers to "P0, friend wrong": a dot is a seed,\n'
+        "the bar their median, the dotted line that of the starts\n"
+        f"(full: {steps} steps, hollow: {2 * steps})"
     )
     dots.set(title=title, xlabel="share of stories", xlim=(-0.02, 1))
     dots.set_yticks(np.arange(len(TRACK1)) + 0.22, list(TRACK1))
@@ -125,6 +126,28 @@ def temperature_figure(lines: Lines, file: Path) -> None:
     save(figure, file)
 
 
+def dial_figure(lines: Lines, file: Path) -> None:
+    """CLIPO over two dials: how many starts it loses, and how many answers are patched where the friend is wrong."""
+    how = "greedy_twice"
+    lost, patched = np.zeros((2, len(DIAL_MISTAUGHT), len(DIAL_FRIEND)))
+    for (i, j), _ in np.ndenumerate(lost):
+        arm = f"friend {DIAL_FRIEND[j]}, mis-taught {DIAL_MISTAUGHT[i]}"
+        starts = {line["seed"]: line for line in lines[f"start, {arm}"]}
+        lost[i, j] = np.mean([not is_held(line, starts, how) for line in lines[arm]])
+        patched[i, j] = np.mean(shares(lines[arm], "liar", "patched", how))
+    seeds = len(lines[arm])
+    figure, axis = plot().subplots(figsize=(6.4, 4.6), layout="constrained")
+    axis.imshow(lost, vmin=0, vmax=1, cmap="Greys", origin="lower", aspect="auto")
+    for (i, j), share in np.ndenumerate(lost):
+        words = f"lost {share * seeds:.0f} of {seeds}\npatched {100 * patched[i, j]:.0f}%"
+        axis.text(j, i, words, ha="center", va="center", color="white" if share > 0.6 else "black")
+    axis.set(title="CLIPO after 120 steps, where the friend is wrong")
+    axis.set(xlabel="how often the friend is right in training", ylabel="share of sums that are taught wrong")
+    axis.set_xticks(range(len(DIAL_FRIEND)), DIAL_FRIEND)
+    axis.set_yticks(range(len(DIAL_MISTAUGHT)), DIAL_MISTAUGHT)
+    save(figure, file)
+
+
 def phase_figure(lines: Lines, file: Path) -> None:
     """Process on P2 over the world's two dials: GRPO, CLIPO, and their difference, with what was paid for soundness."""
 
@@ -133,7 +156,7 @@ def phase_figure(lines: Lines, file: Path) -> None:
 
     grpo, ours = (cells(name, lambda runs: np.mean(shares(runs, "P2", "process"))) for name in ("GRPO", "CLIPO"))
     paid = cells("CLIPO", lambda runs: over_history(runs, "gap"))
-    figure, axes = plot().subplots(1, 3, figsize=(13, 4.4), layout="constrained")
+    figure, axes = plot().subplots(1, 3, figsize=(10, 3.8), layout="constrained")
     for axis, title, values in zip(axes, ("GRPO", "CLIPO", "CLIPO minus GRPO"), (grpo, ours, ours - grpo), strict=True):
         compares = values is not grpo and values is not ours
         low, colours = (-1, "PuOr") if compares else (0, "Greys")
@@ -141,10 +164,11 @@ def phase_figure(lines: Lines, file: Path) -> None:
         for (i, j), value in np.ndenumerate(values):
             words = f"{100 * value:+.0f}\npaid {paid[i, j]:+.1f}" if compares else f"{100 * value:.0f}"
             axis.text(j, i, words, ha="center", va="center", color="white" if abs(value) > 0.6 else "black")
-        axis.set(title=f"Sound on P2, percent: {title}", xlabel="how often the friend is right in training",
+        axis.set(title=title, xlabel="how often the friend is right in training",
                  ylabel="share of sound demonstrations")  # fmt: skip
         axis.set_xticks(range(len(FRIEND)), FRIEND)
         axis.set_yticks(range(len(SOUND)), SOUND)
+    figure.suptitle("Sound on P2, percent")
     figure.supxlabel("paid: contrastive reward of sound minus unsound right answers of a group, in standard deviations "
                      "of its rewards, mean over training", fontsize=9)  # fmt: skip
     save(figure, file)

@@ -32,7 +32,7 @@ import tsne
 from border import OptionParser
 from lab import arms as of
 from lab.arms import Arm
-from lab.figures import LOOKS, phase_figure, push_figure, temperature_figure, track1_figure
+from lab.figures import LOOKS, dial_figure, phase_figure, push_figure, temperature_figure, track1_figure
 from lab.provenance import ROOT, markdown
 from lab.runs import PRETRAINED, Run, all_settings, known_runs, make
 from lab.tables import (
@@ -41,6 +41,7 @@ from lab.tables import (
     by_step,
     comparison,
     counts_table,
+    dial_table,
     early_stopping,
     frozen_tables,
     levels_table,
@@ -66,7 +67,7 @@ EXPERIMENTS = {  # the most important first: `all` may be stopped
     "track1": Experiment("Track I in miniature", of.TRACK1, 16, FRESH, track1_figure),
     "long": Experiment("Four times as many steps", of.LONG, 4, FRESH),
     "surfaces": Experiment("Steps in three forms: is learnt agreement worth more than equal texts?", of.SURFACES),
-    "dial": Experiment("Where does CLIPO fail? By friend and by mis-taught sums", of.DIAL, 4, FRESH),
+    "dial": Experiment("Where does CLIPO fail? By friend and by mis-taught sums", of.DIAL, 4, FRESH, dial_figure),
     "alone": Experiment("Without a useful friend: are more answers right?", of.NO_FRIEND, 4, FRESH),
     "rivals": Experiment("Beside others that hold", of.RIVALS, 4, FRESH + 8),
     "friend": Experiment("Which friend? The least reliable one with whom GRPO drifts", of.FRIENDS, 8, TUNING),
@@ -148,15 +149,19 @@ def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps:
     if all(len(keys) == 1 for keys in starts):  # all arms of a seed begin with the same model
         arms = {"warm start": Arm(against=None), **arms}
         lines["warm start"] = [known[key] for (key,) in starts if key in known]
+    elif name == "dial":  # each arm has a start of its own
+        for arm, spec in experiment.arms.items():
+            runs = [spec.run(seed, steps).start for seed in seeds_of(experiment, seeds)]
+            lines[f"start, {arm}"] = [known[run.key] for run in runs if run.key in known]
     parts = [f"# {experiment.title}", provenance(name, list(used))]
     if experiment.first == OLD:
         parts.append("Made in the third world (docs/worlds.md), in the present form, with the code of then.")
     if missing:
         parts.append(f"Not complete yet: {', '.join(missing)}.")
-    if name in ("track1", "rivals", "long", "alone") and all(lines.values()):
+    if name in ("track1", "rivals", "long", "surfaces", "alone") and all(lines.values()):
         parts += ['Right answers to "P0, friend wrong"; held: no more than ten points below the start.']
         parts.append(counts_table(arms, lines))
-    parts.append(comparison(arms, lines))
+    parts.append(dial_table(lines) if name == "dial" else comparison(arms, lines))
     if experiment.figure and all(lines.values()):
         experiment.figure(lines, out / f"{name}.png")
     if name == "track1" and all(lines.values()):

@@ -159,6 +159,21 @@ def counts_table(arms: dict[str, Arm], lines: Lines) -> str:
     return markdown([counted(arm, lines, how) for arm, how in [("warm start", ""), *times]])
 
 
+def dial_table(lines: Lines) -> str:
+    """Worlds whose starts differ: what CLIPO holds in each, on "P0, friend wrong", after 60 and after 120 steps."""
+    rows = []
+    for world in [arm for arm in lines if f"start, {arm}" in lines]:
+        mine, starts = lines[world], {line["seed"]: line for line in lines[f"start, {world}"]}
+        row = {"world": world, "right at the start": percent([lied_to(line) for line in starts.values()])}
+        for steps, how in zip((STEPS, 2 * STEPS), TIMES.values(), strict=True):
+            held = sum(is_held(line, starts, how) for line in mine)
+            row[f"held, {steps} steps"] = f"{held} of {len(mine)}"
+            row[f"right, {steps}"] = percent([lied_to(line, how) for line in mine])
+            row[f"patched, {steps}"] = percent(shares(mine, "liar", "patched", how))
+        rows.append(row)
+    return markdown(rows)
+
+
 def early_stopping(lines: Lines) -> str:
     """GRPO stopped where most of its responses are sound, by looking: the best five steps; and CLIPO's last five."""
 
