@@ -243,8 +243,8 @@ PIECES = {
 }
 
 FIRST = (  # what is worth most, where there are only minutes
-    "rates", "rollouts-0.5B-512-eager", "profile", "attention", "update-0.5B", "passes", "trl-0.5B",
-    "rollouts-0.5B-512-static", "exact-graphs", "rollouts-0.5B-2048-eager", "rollouts-1.5B-512-eager",
+    "rates", "rollouts-0.5B-512-eager", "profile", "update-0.5B", "trl-0.5B", "attention", "rollouts-0.5B-512-static",
+    "exact-graphs", "passes", "rollouts-0.5B-2048-eager", "rollouts-1.5B-512-eager",
 )  # fmt: skip
 
 GOALS = {  # by the side that a row is about
