@@ -207,10 +207,16 @@ NO_FRIEND = {  # the paper's own question: are more answers right?
     "CLIPO": Arm(**ALONE),
     "oracle": Arm(WITHOUT, trainer="oracle", **ALONE),
 }
-SURFACES = {  # a step in one of three forms, at random: equal steps are seldom equal texts
-    name: replace(arm, world={"forms": (1, 1, 1)})
-    for name, arm in {"GRPO": GRPO, "CLIPO": CLIPO, "same steps": RIVALS["same steps"], "oracle": ORACLE}.items()
-}
+# A step in one of three forms, at random: equal steps are seldom equal texts. Sums go wrong more often then, so that of
+# the right answers fewer are sound; with more sound demonstrations they are the majority again.
+FORMS_OF_A_STEP = {"three forms": {"forms": (1, 1, 1)}, "more sound": {"forms": (1, 1, 1), "sound_demos": 0.85}}
+SURFACES, SURFACES_SOUND = (
+    {
+        name: replace(arm, world=world)
+        for name, arm in {"GRPO": GRPO, "CLIPO": CLIPO, "same steps": RIVALS["same steps"], "oracle": ORACLE}.items()
+    }
+    for world in FORMS_OF_A_STEP.values()
+)
 DIAL_FRIEND, DIAL_MISTAUGHT = (0.8, 0.9, 0.99), (0.0, 0.08, 0.2)  # where does patching pay?
 DIAL = {
     f"friend {rate}, mis-taught {share}": Arm(against=None, world=friend(rate) | {"mistaught": share})

@@ -67,6 +67,7 @@ EXPERIMENTS = {  # the most important first: `all` may be stopped
     "track1": Experiment("Track I in miniature", of.TRACK1, 16, FRESH, track1_figure),
     "long": Experiment("Four times as many steps", of.LONG, 4, FRESH),
     "surfaces": Experiment("Steps in three forms: is learnt agreement worth more than equal texts?", of.SURFACES),
+    "surfaces-sound": Experiment("The same, with more sound demonstrations", of.SURFACES_SOUND),
     "dial": Experiment("Where does CLIPO fail? By friend and by mis-taught sums", of.DIAL, 4, FRESH, dial_figure),
     "alone": Experiment("Without a useful friend: are more answers right?", of.NO_FRIEND, 4, FRESH),
     "rivals": Experiment("Beside others that hold", of.RIVALS, 16, FRESH),
@@ -105,18 +106,16 @@ def pretrained_frozen() -> Run:
     return Run("frozen", TUNING, heads, asdict(World()), size="smollm", batches=100, stories=200)
 
 
-def forms_frozen() -> list[Run]:
-    """Heads on a policy that writes a step in one form, and on one that writes it in three."""
+def forms_frozen() -> dict[str, Run]:
+    """Heads on a policy that writes a step in one form, and on two that write it in three."""
     heads = {arm: all_settings(config) for arm, config in of.FORM_HEADS.items()}
-    return [Run("frozen", TUNING, heads, asdict(World(forms=forms))) for forms in ((1, 0, 0), (1, 1, 1))]
+    worlds = {"one form": {}, **of.FORMS_OF_A_STEP}
+    return {name: Run("frozen", TUNING, heads, asdict(World.changed(world))) for name, world in worlds.items()}
 
 
 STEP_BY_STEP = {  # frozen policies whose heads are watched as they learn: title, and a title for each run
     "smollm-frozen": ("A pretrained policy, frozen: SmolLM2-135M-Instruct", {"": pretrained_frozen()}),
-    "surfaces-frozen": (
-        "Frozen policies whose steps have one form, or three",
-        dict(zip(("One form", "Three forms"), forms_frozen(), strict=True)),
-    ),
+    "surfaces-frozen": ("Frozen policies whose steps have one form, or three", forms_frozen()),
 }
 
 
@@ -158,7 +157,7 @@ def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps:
         parts.append("Made in the third world (docs/worlds.md), in the present form, with the code of then.")
     if missing:
         parts.append(f"Not complete yet: {', '.join(missing)}.")
-    if name in ("track1", "rivals", "long", "surfaces", "alone") and all(lines.values()):
+    if name in ("track1", "rivals", "long", "surfaces", "surfaces-sound", "alone") and all(lines.values()):
         parts += ['Right answers to "P0, friend wrong"; held: no more than ten points below the start.']
         parts.append(counts_table(arms, lines))
     parts.append(dial_table(lines) if name == "dial" else comparison(arms, lines))
@@ -209,7 +208,7 @@ def draw_step_by_step(name: str, out: Path, known: dict[str, dict]) -> bool:
             f"Of the responses {100 * copied:.0f}% copy. Right: {100 * right['calculated']:.0f}% of those that "
             f"calculate, {100 * right['copied']:.0f}% of those that copy."
         )
-        parts += [f"## {part}"] * bool(part) + [what, *by_step(line)]
+        parts += [f"## {part.capitalize()}"] * bool(part) + [what, *by_step(line)]
     (out / f"{name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return True
 
