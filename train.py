@@ -121,6 +121,7 @@ def one_run(given: dict, new_task: Callable, new_trainer: Callable) -> int:
 
 def finish(settings: Settings, trainer: Trainer, out: Path, test_stories: int, grpo_folder: Path | None) -> None:
     """When all steps are done: the table of a toy run, and the page, beside GRPO's run where there is one."""
+    trainer.kept = None  # the table's rollouts want the memory
     if settings.on_toy and test_stories:
         models = open_models(settings.model, trainer, grpo_folder)
         write_table(models, trainer, out, test_stories, World.changed(settings.world))

@@ -128,7 +128,7 @@ def decoded(model, sequences, expected, engine: str) -> Iterator[tuple[str, Tens
         else:
             with serving(model):
                 states = step(token[:, 0], positions[:, 0] - back, cache, used=slots + 1 - back)
-                logits = output_logits(model, states)
+                logits = step.logits(states) if engine == "compiled" else output_logits(model, states)
         yield "logits", logits, torch.stack([of[-back] for of in expected])
 
 

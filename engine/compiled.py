@@ -78,6 +78,12 @@ def weights_of(one: nn.Module, dtype: torch.dtype) -> Weights:
     )
 
 
+def renew(copy: Tensor | None, now: Tensor | None) -> None:
+    """A copy has the values of now, where it is one."""
+    if copy is not None and not isinstance(copy, nn.Parameter):
+        copy.copy_(now)
+
+
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of heads (rows, H, head width) by angles (rows, 1, head width)."""
     first, second = x.chunk(2, -1)
@@ -156,12 +162,11 @@ class CompiledSteps:
 
     @torch.no_grad()
     def refresh(self, model) -> None:
-        """The copies are of the weights as they are now. (What is the model's own, and no copy, is left as it is.)"""
-        self.output.copy_(model.get_output_embeddings().weight)
+        """The copies are of the weights as they are now. What is the model's own is no copy, and is not touched."""
+        renew(self.output, model.get_output_embeddings().weight)
         for weights, one in zip(self.layers, model.base_model.layers, strict=True):
             for copy, now in zip(weights, weights_of(one, self.dtype), strict=True):
-                if copy is not None:
-                    copy.copy_(now)
+                renew(copy, now)
 
     def __call__(self, token: Tensor, position: Tensor, cache: KVCache, used: int) -> Tensor:
         """Tokens (rows,) at `position` (rows,), all below `used`: the last layer's states after the norm, (rows, D)."""

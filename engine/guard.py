@@ -148,13 +148,15 @@ class Trainer(variants.DynamicSampling):
 
     def generate(self, policy, prompts, *, max_new_tokens: int, generator: torch.Generator, **chosen) -> Rollouts:
         """Rollouts in bfloat16 if asked for, in as large waves as fit, all finite."""
-        if self.phase == "rollout":  # resampling: what has passed were the verdicts on the rollouts before
+        resampled = self.phase == "rollout"  # what has passed were the verdicts on the rollouts before
+        if resampled:
             self.lap("verify")
         state = generator.get_state()
 
         def attempt(tokens: int = max_new_tokens, **sizes) -> Rollouts:
             generator.set_state(state)
-            chosen_now = {**chosen, **sizes, "max_new_tokens": tokens, "generator": generator, "kept": self.kept}
+            kept = None if resampled else self.kept  # (fewer rollouts, which would take the place of all)
+            chosen_now = {**chosen, **sizes, "max_new_tokens": tokens, "generator": generator, "kept": kept}
             with self.mixed_precision():
                 return self.unguarded.generate(policy, prompts, **chosen_now)
 
@@ -239,11 +241,15 @@ class Trainer(variants.DynamicSampling):
     def in_memory(self, size: str, attempt: Callable[..., Any], least: int, one_of: Callable[[int], Any]):
         """attempt(size=n) with n = self.sizes[size], which is halved for good, down to `least`, while memory runs out.
 
-        Less at a time takes longer and computes the same. Raises OutOfMemory if `least` does not fit either; it says
-        for how many tokens a single rollout would, which `one_of(tokens)` tries.
+        Less at a time takes longer and computes the same. What rollouts left for the next ones goes first. Raises
+        OutOfMemory if `least` does not fit either; it says for how many tokens a single rollout would, which
+        `one_of(tokens)` tries.
         """
-        most = self.config.max_new_tokens
+        most, had = self.config.max_new_tokens, bool(self.kept)
         while (result := self.unless_memory_runs_out(lambda: attempt(**{size: self.sizes[size]}))) is None:
+            if had:
+                had = False
+                continue
             if self.sizes[size] <= least:
                 tokens = most // 2
                 while tokens and self.unless_memory_runs_out(lambda: (one_of(tokens),)) is None:  # noqa: B023

@@ -74,20 +74,21 @@ def memory_plan(model: nn.Module, config: CLIPOConfig, longest_prompt: int, bflo
 
     rows, slots = min(B, config.max_batch), longest_prompt + T
     prompts = math.ceil(rows / config.samples_per_prompt) * longest_prompt  # tokens of a prefill
-    compiles = config.compiles(device_of(model))
+    compiles = config.compiles(device := device_of(model))
     keeps = compiles and bool(config.keep_captures)
-    compiled = matrices - model.get_output_embeddings().weight.numel() if compiles else 0
-    copy = {"copy for compiled steps": product * compiled}
-    cached = rows * (round_up(slots, PACE["cuda"].bucket) if keeps else slots), prompts
+    output = model.get_output_embeddings().weight.numel() if compiles and bfloat16 else 0
+    copy = {"copy for compiled steps": product * copied_numbers(model, bfloat16) if compiles else 0}
+    cached = rows * (round_up(slots, PACE[device].bucket) if keeps else slots), prompts
     cache, of_prefill = (product * 2 * layers * KV * tokens for tokens in cached)
+    decoding = rows * V * (8 + product)  # logits, probabilities and their sums
     if keeps:
-        plan.lasting |= {**copy, "cache": cache}
+        plan.lasting |= {**copy, "cache": cache, "logits": decoding}
     plan.rollouts = {
-        "bfloat16 copy": copies,
+        "bfloat16 copy": copies - 2 * output,  # which compiled steps have themselves
         **({"cache of a prefill": of_prefill} if keeps else {**copy, "cache": cache + of_prefill}),
         "rollouts": 17 * B * T,  # with a random number for each token
-        # Prefill holds a layer's activations; decoding holds logits, probabilities and their sums.
-        "activations, logits": max(prompts * (8 * D + 3 * product * FF), rows * V * (8 + product)),
+        # Prefill holds a layer's activations; decoding comes after it.
+        "activations, logits": max(prompts * (8 * D + 3 * product * FF), 0 if keeps else decoding),
     }
 
     # Rows of one of several micro-batches: each with a prompt of its own, or so many that they share 16 prompts.
@@ -138,9 +139,16 @@ def fitting(model: nn.Module, config: CLIPOConfig, longest_prompt: int, bfloat16
         again = not fits(recompute_activations=False, keep_captures=False)
         config = replace(config, recompute_activations=again)
     if config.keep_captures is None:
-        captures = device_of(model) == "cuda" and config.compiles("cuda")
+        captures = device_of(model) == "cuda" and config.compiles("cuda") and config.cuda_graphs is not False
         config = replace(config, keep_captures=captures and fits(keep_captures=True))
     return config
+
+
+def copied_numbers(model: nn.Module, bfloat16: bool) -> int:
+    """How many weights compiled steps copy: all matrices in bfloat16; in float32 those that go into one."""
+    joined = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    return sum(layer.weight.numel() for name, layer in layers if bfloat16 or name.endswith(joined))
 
 
 def device_of(model: nn.Module) -> str:

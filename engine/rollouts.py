@@ -279,6 +279,7 @@ class Chosen(NamedTuple):
     cuda_graphs: bool | None
     compiled: bool
     dtype: torch.dtype  # of products
+    addresses: tuple[int, ...]  # of the model's tensors
 
 
 class Workspace:
@@ -353,7 +354,7 @@ def generate(
     cuda_graphs: see `CapturedSteps` (GPUs only; None: where they work, True: or CaptureFailed).
     compiled: decode steps by `CompiledSteps`, where this model's can be; if not, that is said once.
     kept: an empty list, the same in every call: what compiled steps read and write, and their graphs, wait in it for
-    the next call. (Other steps read copies of weights that autocast frees.) Meanwhile the model must stay where it is.
+    the next call. (Other steps read copies of weights that autocast frees.)
 
     Raises ValueError for arguments out of range, ValueError or NotImplementedError for a model that cannot be served.
     """
@@ -367,7 +368,8 @@ def generate(
     # On a GPU in 16s, see attention_mask; kept, in buckets, so that it is seldom another.
     slots, rows = round_up(longest, bucket if keeps else min(bucket, 16)), min(count, max_batch or count)
     dtype = product_dtype(model.get_input_embeddings().weight)
-    how = temperature, top_k, top_p, cuda_graphs, compiled, dtype
+    addresses = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
+    how = temperature, top_k, top_p, cuda_graphs, compiled, dtype, addresses
     chosen = Chosen(count, rows, slots, max_new_tokens, tuple(stop), *how)
     uniform = torch.rand(count, max_new_tokens, generator=generator).to(model.device)
     workspace = kept.pop() if kept else None

@@ -7,6 +7,7 @@ an example, and shows how to send all numbers somewhere else too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -194,8 +195,11 @@ def announce(trainer: Trainer, task: ToyTask | DataTask, second: bool = False) -
     if config.weight > 0 and config.steps <= config.head_warmup_steps:
         print(f"all {config.steps} steps are head warm-up (--head-warmup-steps {config.head_warmup_steps}): the policy "
               "will not change")  # fmt: skip
-    if config.compile and not trainer.sizes:
-        print("--compile: the plain engine compiles nothing; --engine fast does")
+    if not trainer.sizes and (config.compile or config.keep_captures):
+        print("--compile, --keep-captures: the plain engine compiles and keeps nothing; --engine fast does")
+        config = replace(config, compile=False)
+    elif config.keep_captures and not config.compiles(device.type):
+        print("--keep-captures: nothing is kept, for decode steps are not compiled (--compile)")
     if second:
         return
     plan = memory_plan(trainer.policy, config, task.longest_prompt, config.in_bfloat16(device.type))

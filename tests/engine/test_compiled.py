@@ -96,6 +96,23 @@ def test_what_is_kept_serves_the_next_rollouts_and_no_others(as_written):
     assert all(map(torch.equal, got, copied) for _, got, copied in before)
 
 
+def test_tensors_that_were_replaced_are_read_anew_and_none_is_written_to(as_written):
+    """Averaged weights put in for a while, say; and a graph of the model's own, of which it is a part."""
+    model, kept = make_model(FAMILIES["qwen2-untied"]), []
+    loss = model(torch.tensor([[5, 6, 7]])).logits.logsumexp(-1).sum()
+    assert_equal(roll_out(fast.generate, model, compiled=True, kept=kept), roll_out(clipo.generate, model))
+    loss.backward()  # nothing that it saved has changed
+    places = [(module, name) for module in model.modules() for name, _ in module.named_parameters(recurse=False)]
+    before = [getattr(module, name) for module, name in places]
+    values = [parameter.detach().clone() for parameter in before]
+    for module, name in places:
+        setattr(module, name, torch.nn.Parameter(1.1 * getattr(module, name).detach()))
+    model.base_model.norm = copy.deepcopy(model.base_model.norm)
+    model.base_model.norm.weight.data.mul_(0.5)
+    assert_equal(roll_out(fast.generate, model, compiled=True, kept=kept), roll_out(clipo.generate, model))
+    assert all(map(torch.equal, before, values))
+
+
 def test_a_number_that_was_none_is_not_kept(as_written):
     model, kept = make_model(FAMILIES["qwen2"]), []
     roll_out(fast.generate, model, compiled=True, kept=kept)
@@ -205,16 +222,25 @@ def test_when_it_is_compiled():
     assert not CLIPOConfig.for_track("math", compile=False).compiles("cuda")
 
 
-def test_its_copy_of_the_weights_is_in_the_plan():
-    model = make_model(FAMILIES["qwen2"])
-    without, with_it = (
-        memory.memory_plan(model, CLIPOConfig.for_track("toy", compile=compile), 64, False).rollouts
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_its_copy_of_the_weights_is_in_the_plan(as_written, bfloat16):
+    model, kept = make_model(FAMILIES["qwen2"]), []
+    plans = {
+        (compile, keep): memory.memory_plan(
+            model, CLIPOConfig.for_track("toy", compile=compile, keep_captures=keep), 64, bfloat16
+        )
         for compile in (False, True)
-    )
-    steps = compiled.CompiledSteps(copy.deepcopy(model), 32)
-    copied = [w for weights in steps.layers for w in weights if w is not None and not isinstance(w, torch.nn.Parameter)]
-    assert without["copy for compiled steps"] == 0
-    assert with_it["copy for compiled steps"] >= sum(w.numel() * w.element_size() for w in copied if w.dim() == 2)
+        for keep in (False, True)
+    }
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        roll_out(fast.generate, model, compiled=True, kept=kept)
+    steps = kept[0].compiled
+    copied = [steps.output, *(w for weights in steps.layers for w in weights)]
+    copied = [w for w in copied if w is not None and not isinstance(w, torch.nn.Parameter) and w.dim() == 2]
+    name = "copy for compiled steps"
+    assert plans[True, False].rollouts[name] == plans[True, True].lasting[name] == sum(w.nbytes for w in copied) > 0
+    assert plans[False, False].rollouts[name] == 0 and plans[False, True] == plans[False, False]
+    assert name not in plans[True, True].rollouts and plans[True, True].lasting["cache"] > 0
 
 
 def test_train_compiles_by_name_and_samples_the_same(as_written, tmp_path):
@@ -241,4 +267,9 @@ def test_with_the_plain_engine_it_is_said_that_nothing_is_compiled(tmp_path, cap
         str(tmp_path / "run"),
     ]
     assert train.main(options) == 0
-    assert capsys.readouterr().out.count("--compile: the plain engine compiles nothing; --engine fast does\n") == 1
+    assert (
+        capsys.readouterr().out.count(
+            "--compile, --keep-captures: the plain engine compiles and keeps nothing; --engine fast does\n"
+        )
+        == 1
+    )

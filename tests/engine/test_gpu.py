@@ -214,7 +214,8 @@ def test_a_trainer_keeps_its_captures_until_memory_runs_out(captures, monkeypatc
         return gradient(*arguments, **named)
 
     monkeypatch.setattr(t, "unguarded", replace(t.unguarded, policy_gradient=fails_once))
-    assert step(t, PROMPTS, ANSWERS)["skipped"] is None and t.kept is None
+    sizes = dict(t.sizes)
+    assert step(t, PROMPTS, ANSWERS)["skipped"] is None and t.kept is None and t.sizes == sizes
     assert step(t, PROMPTS, ANSWERS)["skipped"] is None and len(captures) > before
 
 
