@@ -26,73 +26,107 @@ from lab.bench.update import update_flops
 # ----------------------------------------------------------------------------------------------------
 
 
-def one_query_ways(machine: Machine, keys: Tensor, values: Tensor, position: Tensor) -> dict[str, Callable]:
-    """By name: q (rows, H, Hq / H, width) -> the same; keys, values (rows, H, slots, width), seen up to `position`."""
-    rows, _, slots, _ = keys.shape
-    compiled = torch.compile if machine.on_gpu and not machine.quick else lambda function: function
-    mask = attention_mask(position[:, None], torch.arange(slots, device=machine.device)[None], None, keys.dtype)
-    row = torch.arange(rows, device=machine.device)
+def one_query_ways(machine: Machine, position: Tensor, slots: int) -> dict[str, Callable]:
+    """By name, what makes a function of q (rows, H, Hq / H, width), keys and values (rows, H, slots, width), that are
+    seen up to `position` (rows,)."""
+    rows, on = len(position), machine.device
+    compiles = machine.on_gpu and not machine.quick
 
-    def with_mask(q: Tensor) -> Tensor:
-        mixed, _ = cached_attention(None, q.flatten(1, 2)[:, :, None], keys, values, mask)
-        return mixed[:, 0].view_as(q)
+    def compiled(function: Callable, dynamic: bool) -> Callable:
+        return torch.compile(function, dynamic=dynamic) if compiles else function
+
+    def products() -> Callable:
+        return partial(compiled(attend, dynamic=True), position=position)
+
+    def with_mask() -> Callable:
+        mask = attention_mask(position[:, None], torch.arange(slots, device=on)[None], None, machine.dtype)
+
+        def run(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            mixed, _ = cached_attention(None, q.flatten(1, 2)[:, :, None], keys, values, mask)
+            return mixed[:, 0].view_as(q)
+
+        return run
 
     def flex() -> Callable:
-        seen = create_block_mask(lambda b, h, q, k: k <= position[b], rows, None, 1, slots, device=machine.device)
-        run = compiled(flex_attention)
-        return lambda q: run(q.flatten(1, 2)[:, :, None], keys, values, block_mask=seen, enable_gqa=True).view_as(q)
+        """Its kernel for decoding wants the queries of a key head to be a power of two: 8, where Qwen2.5 has 7."""
+        seen = create_block_mask(lambda b, h, q, k: k <= position[b], rows, None, 1, slots, device=on)
+        attention = compiled(flex_attention, dynamic=False)
+
+        def run(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            group = q.shape[2]
+            padded = F.pad(q, (0, 0, 0, (1 << (group - 1).bit_length()) - group))
+            mixed = attention(padded.flatten(1, 2)[:, :, None], keys, values, block_mask=seen, enable_gqa=True)
+            return mixed.view_as(padded)[:, :, :group]
+
+        return run
 
     def paged() -> Callable:
         from torch.nn.attention.varlen import varlen_attn
 
-        pages = keys.transpose(1, 2), values.transpose(1, 2)  # a row is a page: (rows, slots, H, width)
-        begin, used = torch.arange(rows + 1, device=machine.device).int(), (position + 1).int()
-        chosen = dict(enable_gqa=True, seqused_k=used, block_table=row[:, None].int())
-        return lambda q: varlen_attn(q.flatten(1, 2), *pages, begin, None, 1, slots, **chosen).view_as(q)
+        begin, used = torch.arange(rows + 1, device=on).int(), (position + 1).int()
+        chosen = dict(enable_gqa=True, seqused_k=used, block_table=torch.arange(rows, device=on)[:, None].int())
+
+        def run(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            pages = keys.transpose(1, 2), values.transpose(1, 2)  # a row is a page: (rows, slots, H, width)
+            return varlen_attn(q.flatten(1, 2), *pages, begin, begin * slots, 1, slots, **chosen).view_as(q)
+
+        return run
 
     return {
-        "two products, compiled": lambda: partial(compiled(attend), keys=keys, values=values, position=position),
-        "PyTorch's masked kernel": lambda: with_mask,
+        "two products, compiled": products,
+        "PyTorch's masked kernel": with_mask,
         "FlexAttention, its mask made before": flex,
         "varlen_attn, a row is a page": paged,
     }
 
 
 def attention_table(machine: Machine) -> list[dict]:
-    """One layer's attention of a decode step of Qwen2.5-0.5B, by (rows, slots in use), each way as a replayed graph."""
-    *_, width, _, _, query_heads, heads = SIZES["0.5B"]
+    """Attention of a decode step of Qwen2.5-0.5B, by (rows, slots in use), each way as a replayed graph.
+
+    All layers, each with keys of its own, as in a step: those of one would lie in a GPU's cache from call to call.
+    """
+    _, width, _, layers, query_heads, heads = SIZES["0.5B"]
+    layers = 2 if machine.quick else layers
     table, (_, traffic) = [], machine.rates()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as while rollouts run
     for rows, slots in [(4, 32)] if machine.quick else [(n, used) for n in (256, 16, 1) for used in (256, 768)]:
         shape = rows, heads, slots, width // query_heads
-        keys, values = torch.randn(2, *shape, device=machine.device, dtype=machine.dtype).unbind(0)
+        stored = [torch.randn(2, *shape, device=machine.device, dtype=machine.dtype).unbind(0) for _ in range(layers)]
         q = torch.randn(rows, heads, query_heads // heads, shape[3], device=machine.device, dtype=machine.dtype)
         position = torch.full((rows,), slots - 1, device=machine.device)
-        exact = attend(*(part.float() for part in (q, keys, values)), position)
-        for name, make in one_query_ways(machine, keys, values, position).items():
+        exact = attend(q.float(), *(part.float() for part in stored[0]), position)
+        least = 2 * layers * stored[0][0].nbytes / traffic
+        for name, make in one_query_ways(machine, position, slots).items():
+            torch.compiler.reset()
             row = {"rows": rows, "slots": slots, "way": name}
-            try:
+            with whatever_fails(row):
                 way = make()
-                off = (way(q).float() - exact).abs().max().item()
-                seconds = replayed_seconds(machine, partial(way, q))
-                least = 2 * keys.nbytes / traffic
-                row |= {"microseconds": f"{1e6 * seconds:.1f}", "of the copy rate": f"{least / seconds:.0%}",
-                        "off by": f"{off:.0e}"}  # fmt: skip
-            except (RuntimeError, ImportError, NotImplementedError, ValueError) as reason:
-                row["not possible here"] = in_short(reason)[:100]
+                off = (way(q, *stored[0]).float() - exact).abs().max().item()
+                seconds = replayed_seconds(machine, lambda way=way: [way(q, *own) for own in stored])  # noqa: B023
+                row |= {"microseconds a layer": f"{1e6 * seconds / layers:.1f}",
+                        "of the copy rate": f"{least / seconds:.0%}", "off by": f"{off:.0e}"}  # fmt: skip
             table.append(row)
     return table
 
 
-def replayed_seconds(machine: Machine, work: Callable[[], object], times: int = 20) -> float:
-    """Of one call among many that are launched at once, as a captured decode step launches them; median of five."""
-    run = lambda: [work() for _ in range(times)]  # noqa: E731
-    run()
+@contextmanager
+def whatever_fails(row: dict) -> Iterator[None]:
+    """A way that this device, or this torch, does not have says so in its row."""
+    try:
+        yield
+    except (RuntimeError, ImportError, NotImplementedError, ValueError, TypeError) as reason:
+        row["not possible here"] = in_short(reason)[:100]
+
+
+def replayed_seconds(machine: Machine, work: Callable[[], object]) -> float:
+    """Of work that is launched at once, as a captured decode step launches it; median of five."""
+    work()
     if machine.on_gpu:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            run()
-        run = graph.replay
-    return statistics.median(machine.seconds(run) for _ in range(5)) / times
+            work()
+        work = graph.replay
+    return statistics.median(machine.seconds(work) for _ in range(5))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -127,7 +161,8 @@ def attending_by_packs(model, lengths: list[int], device: torch.device) -> Itera
     begin = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
 
     def attention(module, query, key, value, mask, scaling=None, **_) -> tuple[Tensor, None]:
-        q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # (1, H, N, width) -> (N, H, width)
+        # (1, H, N, width) -> (N, H, width), all as the values: a rotation may have left the others in float32.
+        q, k, v = (part[0].transpose(0, 1).to(value.dtype) for part in (query, key, value))
         if device.type == "cuda":
             from torch.nn.attention.varlen import varlen_attn
 
@@ -148,26 +183,30 @@ def attending_by_packs(model, lengths: list[int], device: torch.device) -> Itera
 
 
 @contextmanager
-def layers_compiled(model) -> Iterator[None]:
-    """Each decoder layer by the compiler, as it stands."""
-    layers = list(model.base_model.layers)
-    for layer in layers:
-        layer.forward = torch.compile(layer.forward, dynamic=True)
+def parts_compiled(model) -> Iterator[None]:
+    """What is no product with a cache, by the compiler: norms and feed-forwards, one compilation for all layers each.
+
+    (A whole layer is compiled anew for each number of keys that the cache holds: the compiler sees a dict that grows.)
+    """
+    parts = [of for layer in model.base_model.layers for of in (layer.input_layernorm, layer.post_attention_layernorm)]
+    parts += [layer.mlp for layer in model.base_model.layers]
+    for part in parts:
+        part.forward = torch.compile(part.forward, dynamic=True)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for part in parts:
+            del part.forward
 
 
 def passes_table(machine: Machine, load: Load) -> list[dict]:
-    """Forward and backward pass of the update, a micro-batch: as it is, by compiled layers, in packed rows."""
+    """Forward and backward pass of the update, a micro-batch: as it is, with compiled parts, in packed rows."""
     trainer, prompts, rollouts = make_trainer(machine, load, [1]), make_prompts(load), some_rollouts(machine, load)
     model, (rate, _) = trainer.policy, machine.rates()
     given = trainer.policy, prompts, rollouts
     ways = {
         "as it is": (response_logprobs, nullcontext()),
-        "layers compiled": (response_logprobs, nullcontext() if machine.quick else layers_compiled(model)),
+        "norms and MLPs compiled": (response_logprobs, nullcontext() if machine.quick else parts_compiled(model)),
         "packed rows": (packed_logprobs, nullcontext()),
     }
     with torch.no_grad():
@@ -182,15 +221,12 @@ def passes_table(machine: Machine, load: Load) -> list[dict]:
             logprobs.sum().backward()
             return logprobs.detach()
 
-        try:
-            with inside:
-                off = (passes() - exact).abs().mean().item()
-                seconds = statistics.median(compare(machine, {name: passes})[name])
+        with whatever_fails(row), inside:
+            off = (passes() - exact).abs().mean().item()
+            seconds = statistics.median(compare(machine, {name: passes})[name])
             row |= {"s": f"{seconds:.2f}", "tokens/s": f"{int(rollouts.mask.sum()) / seconds:,.0f}",
                     "of the matmul rate": f"{update_flops(model, prompts, rollouts) / seconds / rate:.0%}",
                     "off by, mean": f"{off:.0e}"}  # fmt: skip
-        except (RuntimeError, ImportError, NotImplementedError, ValueError) as reason:
-            row["not possible here"] = in_short(reason)[:100]
         model.zero_grad(set_to_none=True)
         rows.append(row)
     return rows
