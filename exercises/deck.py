@@ -30,7 +30,7 @@ def measured() -> str:
     arm = {name: f"{100 * lied[name]:.0f}%" for name in ("start", "grpo", "clipo", "shuffled", "oracle")}
     held = {name: f"{lied['held'][name]} of {lied['seeds']}" for name in ("GRPO", "CLIPO")}
     return (
-        f"Right answers where the friend is wrong, mean of {lied['seeds']} seeds: before training {arm['start']}, GRPO "
+        f"Right answers where the friend is wrong, 60 steps, mean of {lied['seeds']} seeds: start {arm['start']}, GRPO "
         f"{arm['grpo']}, CLIPO {arm['clipo']}. Difference {100 * lied['diff']:+.0f} points, 95% interval "
         f"{100 * lied['low']:.0f} to {100 * lied['high']:.0f}. No worse than ten points below the start: GRPO from "
         f"{held['GRPO']} starts, CLIPO from {held['CLIPO']}.\n\n"

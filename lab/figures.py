@@ -69,8 +69,8 @@ def save(figure, file: Path) -> None:
 
 
 def track1_figure(lines: Lines, file: Path) -> None:
-    """Every seed a dot: right answers where the friend is wrong, and the share of sound rollouts over training."""
-    figure, (dots, curves) = plot().subplots(2, 1, figsize=(7, 8.2), layout="constrained")
+    """Every seed a dot: right answers where the friend is wrong. Beside it, a file: sound rollouts over training."""
+    figure, dots = plot().subplots(figsize=(7.5, 4.6), layout="constrained")
     steps = CLIPOConfig.for_track("toy").steps
     for place, arm in enumerate(TRACK1):
         for end, (how, fill) in enumerate(zip(TIMES.values(), ("full", "none"), strict=True)):
@@ -78,23 +78,26 @@ def track1_figure(lines: Lines, file: Path) -> None:
             look = {"marker": LOOKS[arm]["marker"], "color": LOOKS[arm]["color"], "fillstyle": fill}
             dots.plot(values, np.array(beside(values, 0.012, 0.045)) + row, linestyle="", markersize=4.5, **look)
             dots.plot(np.median(values), row, "|", color="black", markersize=20)
-        curves.plot(*curve(lines[arm], "process"), **line_of(arm))
     start = np.median([lied_to(line) for line in lines["warm start"]])
     dots.axvline(start, color="0.4", linewidth=0.8, linestyle=":")
     title = (
-        'Right answers to "P0, friend wrong": a dot is a seed,\n'
-        "the bar their median, the dotted line that of the starts\n"
-        f"(full: {steps} steps, hollow: {2 * steps})"
+        'Right answers to "P0, friend wrong": a dot is a seed, the bar their\n'
+        f"median, the dotted line that of the starts (full: {steps} steps, hollow: {2 * steps})"
     )
-    dots.set(title=title, xlabel="share of stories", xlim=(-0.02, 1))
+    dots.set_title(title, fontsize=11)
+    dots.set(xlabel="share of stories", xlim=(-0.02, 1))
     dots.set_yticks(np.arange(len(TRACK1)) + 0.22, list(TRACK1))
     dots.invert_yaxis()
+    dots.grid(alpha=0.3)
+    save(figure, file)
+    figure, curves = plot().subplots(figsize=(7.5, 3.8), layout="constrained")
+    for arm in TRACK1:
+        curves.plot(*curve(lines[arm], "process"), **line_of(arm))
     curves.axvline(steps, color="0.6", linewidth=0.8)
     curves.set(title="Sound rollouts during training (P0), mean over seeds", xlabel="step", ylabel="share", ylim=(0, 1))
     curves.legend()
-    for axis in (dots, curves):
-        axis.grid(alpha=0.3)
-    save(figure, file)
+    curves.grid(alpha=0.3)
+    save(figure, file.with_name(f"{file.stem}-process.png"))
 
 
 def push_figure(lines: Lines, file: Path) -> None:

@@ -2,7 +2,7 @@
 
 A loss must: fall when the other right answers come closer to the anchor, rise when a wrong one does, be finite at
 similarities of +-200 and in groups without an anchor, not look at the anchor itself nor at other groups. It comes with
-its chance level, from which the reward can be measured. One of the five passes too: begin with it, then change it.
+its chance level, from which the reward can be measured. Each of the five passes: begin with one, then change it.
 
 Then: how much more does yours pay sound right answers than unsound ones? And does that matter? In training on the toy
 world three of the five ended alike, on one seed, and two lower (docs/worlds.md, contrastive losses; hint 7).

@@ -40,11 +40,29 @@ def test_the_numbers_are_those_of_track1(tmp_path, monkeypatch):
     lied |= {"low": 0.7, "high": 0.91, "seeds": 3, "held": {"GRPO": 0, "CLIPO": 3}}
     deck.TRACK1.write_text(json.dumps({"liar": lied}))
     said = deck.measured()
-    assert "mean of 3 seeds: before training 78%, GRPO 1%, CLIPO 82%." in said
+    assert "60 steps, mean of 3 seeds: start 78%, GRPO 1%, CLIPO 82%." in said
     assert (
         "Difference +80 points, 95% interval 70 to 91." in said and "GRPO from 0 of 3 starts, CLIPO from 3 of 3" in said
     )
     assert "dealt out at random: 2%. An oracle that sees every step: 85%." in said
+
+
+@pytest.mark.parametrize("width, height", [(1280, 720), (1280, 800), (1366, 768), (1920, 1080)])
+def test_every_slide_fits_on_a_projector_with_its_notes_and_without(written, open_page, width, height):
+    page = open_page(written)
+    page.set_viewport_size({"width": width, "height": height})
+    for notes in (False, True):
+        for number in range(1, 13):
+            page.goto(f"file://{written}#{number}")
+            page.reload()
+            if notes:
+                page.keyboard.press("n")
+            boxes = page.evaluate(
+                "[...document.querySelector('section.now').children].map(child => [child.tagName, "
+                "child.getBoundingClientRect().bottom, child.getBoundingClientRect().height])"
+            )
+            assert max(bottom for _, bottom, _ in boxes) <= height, (number, notes)
+            assert notes or all(tall > 0.3 * height for tag, _, tall in boxes if tag == "IMG"), number
 
 
 def test_a_mistake_gets_one_line(tmp_path, capsys):

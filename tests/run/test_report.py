@@ -435,7 +435,7 @@ def test_the_page_of_a_real_run_opens(open_page, tmp_path):
     assert done.returncode == 0, done.stderr
     page = open_page(tmp_path / "run" / "report.html")
     assert page.locator(".card").count() == 4
-    assert page.locator("#levels tr").count() == 1 + 4 * 2  # four levels, two shares
+    assert page.locator("#levels tr").count() == 1 + 4 * 2 + 1  # four levels, two shares; patched
     assert page.locator("#levels th").all_inner_texts() == ["level", "share", "start", "trained"]
     page.locator("#step").fill("2")
     page.locator("#group").select_option("0")
