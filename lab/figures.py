@@ -131,18 +131,17 @@ def temperature_figure(lines: Lines, file: Path) -> None:
 
 def dial_figure(lines: Lines, file: Path) -> None:
     """CLIPO over two dials: how many starts it loses, and how many answers are patched where the friend is wrong."""
-    how = "greedy_twice"
-    lost, patched = np.zeros((2, len(DIAL_MISTAUGHT), len(DIAL_FRIEND)))
-    for (i, j), _ in np.ndenumerate(lost):
-        arm = f"friend {DIAL_FRIEND[j]}, mis-taught {DIAL_MISTAUGHT[i]}"
+    how, cells = "greedy_twice", {}
+    for place in np.ndindex(len(DIAL_MISTAUGHT), len(DIAL_FRIEND)):
+        arm = f"friend {DIAL_FRIEND[place[1]]}, mis-taught {DIAL_MISTAUGHT[place[0]]}"
         starts = {line["seed"]: line for line in lines[f"start, {arm}"]}
-        lost[i, j] = np.mean([not is_held(line, starts, how) for line in lines[arm]])
-        patched[i, j] = np.mean(shares(lines[arm], "liar", "patched", how))
-    seeds = len(lines[arm])
+        lost = [not is_held(line, starts, how) for line in lines[arm]]
+        patched = 100 * np.mean(shares(lines[arm], "liar", "patched", how))
+        cells[place] = np.mean(lost), f"lost {sum(lost)} of {len(lost)}\npatched {patched:.0f}%"
+    shown = np.reshape([share for share, _ in cells.values()], (len(DIAL_MISTAUGHT), -1))
     figure, axis = plot().subplots(figsize=(6.4, 4.6), layout="constrained")
-    axis.imshow(lost, vmin=0, vmax=1, cmap="Greys", origin="lower", aspect="auto")
-    for (i, j), share in np.ndenumerate(lost):
-        words = f"lost {share * seeds:.0f} of {seeds}\npatched {100 * patched[i, j]:.0f}%"
+    axis.imshow(shown, vmin=0, vmax=1, cmap="Greys", origin="lower", aspect="auto")
+    for (i, j), (share, words) in cells.items():
         axis.text(j, i, words, ha="center", va="center", color="white" if share > 0.6 else "black")
     axis.set(title="CLIPO after 120 steps, where the friend is wrong")
     axis.set(xlabel="how often the friend is right in training", ylabel="share of sums that are taught wrong")

@@ -115,7 +115,7 @@ def draw(found: dict[str, dict], file: Path, *, perplexity: float, seed: int, by
 
     captions = {(row["model"], row["space"]): row for row in scores(found)}
     figure, axes = plt.subplots(
-        len(SPACES), len(found), figsize=(4.2 * len(found), 8.4), layout="constrained", squeeze=False
+        len(SPACES), len(found), figsize=(3.2 * len(found), 6.8), layout="constrained", squeeze=False
     )
     for row, (space, title) in zip(axes, SPACES.items(), strict=True):
         for axis, (name, one) in zip(row, found.items(), strict=True):
