@@ -228,6 +228,7 @@ PRETRAINED_FROZEN = {  # (the head learns in every step there: how many are warm
     arm: config | GENTLE | {"steps": 20, "head_warmup_steps": 12} for arm, config in FROZEN.items() if arm != "GRPO"
 }
 FORM_HEADS = {arm: FROZEN[arm] for arm in ("paper's constants", "nine changes")} | {
+    "paper's constants, floor -0.9": PAPER | {"reward_floor": -0.9},
     "nine changes, 16 head steps": {"head_steps": 16},
     "nine changes, MLP head": {"head_mlp": True},
 }

@@ -327,8 +327,12 @@ def frozen_tables(lines: Sequence[dict]) -> list[str]:
 
 
 def by_step(line: dict) -> list[str]:
-    """What each head is paid, step by step, on the rollouts of a frozen policy."""
-    tables = []
+    """What each head is paid on the rollouts of a frozen policy: for copying in all, and for soundness step by step."""
+    copying = {arm: found["copied"] - found["calculated"] for arm, found in line["arms"].items()}
+    tables = [
+        "Mean advantage of a response that copies minus that of one that calculates; positive: copying grows.",
+        markdown([{"arm": arm, "all steps but the first third": f"{value:+.2f}"} for arm, value in copying.items()]),
+    ]
     for title, name in (
         ("Push: the mean advantage of sound responses less that of right but unsound ones.", "push_by_step"),
         ("Gap: a sound right answer less an unsound one of its group, in standard deviations.", "gap_by_step"),
