@@ -95,7 +95,7 @@ def waits_table(machine: Machine) -> list[dict]:
     step, fill, look, micro_batch = watched.values()
     model = make_model(load.size, machine)
     with (
-        mock.patch.object(CapturedSteps, "__call__", watching(lambda steps, *kind: steps.step(*kind), {1: step})),
+        mock.patch.object(CapturedSteps, "__call__", watching(lambda _, do, *kind: do(*kind), {1: step})),
         mock.patch.object(Batch, "refill", watching(Batch.refill, {0: fill, 1: look})),
         mock.patch.object(Batch, "reach", watching(Batch.reach, {0: fill, 1: look})),
     ):
