@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 from border import OptionParser, UserError, in_short, status_of
 from config import TRACKS, CLIPOConfig, add_options, config_from
 from engine.forward import round_up
-from engine.rollouts import PACE
+from engine.rollouts import pace_on
 from engine.update import LOGITS_AT_ONCE
 
 
@@ -78,7 +78,7 @@ def memory_plan(model: nn.Module, config: CLIPOConfig, longest_prompt: int, bflo
     keeps = compiles and bool(config.keep_captures)
     output = model.get_output_embeddings().weight.numel() if compiles and bfloat16 else 0
     copy = {"copy for compiled steps": product * copied_numbers(model, bfloat16) if compiles else 0}
-    cached = rows * (round_up(slots, PACE[device].bucket) if keeps else slots), prompts
+    cached = rows * (round_up(slots, pace_on(device).bucket) if keeps else slots), prompts
     cache, of_prefill = (product * 2 * layers * KV * tokens for tokens in cached)
     decoding = rows * V * (8 + product)  # logits, probabilities and their sums
     if keeps:

@@ -131,6 +131,11 @@ PACE = {
 }
 
 
+def pace_on(kind: str) -> Pace:
+    """That of a kind of device; of others a GPU's."""
+    return PACE.get(kind, PACE["cuda"])
+
+
 @dataclass
 class Written:
     """`clipo.Rollouts` in the making, one a row; the row after the last is the spare one, which nobody reads."""
@@ -287,7 +292,7 @@ class Workspace:
 
     def __init__(self, model, chosen: Chosen):
         self.model, self.chosen, device = model, chosen, model.device
-        self.pace = PACE.get(device.type, PACE["cuda"])
+        self.pace = pace_on(device.type)
         if chosen.compiled:
             self.pace = self.pace._replace(least=2)  # one row would be compiled apart
         self.batch = Batch(chosen.count, chosen.rows, chosen.slots, chosen.max_new_tokens, self.pace, device)
@@ -364,7 +369,7 @@ def generate(
     compiled = compiled and may_compile(model)
     group = torch.arange(len(prompts), device=model.device).repeat_interleave(samples_per_prompt)  # (B,)
     count, longest, keeps = len(group), max(map(len, prompts)) + max_new_tokens, compiled and kept is not None
-    bucket = PACE.get(model.device.type, PACE["cuda"]).bucket
+    bucket = pace_on(model.device.type).bucket
     # On a GPU in 16s, see attention_mask; kept, in buckets, so that it is seldom another.
     slots, rows = round_up(longest, bucket if keeps else min(bucket, 16)), min(count, max_batch or count)
     dtype = product_dtype(model.get_input_embeddings().weight)
