@@ -70,7 +70,7 @@ EXPERIMENTS = {  # the most important first: `all` may be stopped
     "surfaces-sound": Experiment("The same, with more sound demonstrations", of.SURFACES_SOUND),
     "dial": Experiment("Where does CLIPO fail? By friend and by mis-taught sums", of.DIAL, 4, FRESH, dial_figure),
     "alone": Experiment("Without a useful friend: are more answers right?", of.NO_FRIEND, 4, FRESH),
-    "rivals": Experiment("Beside others that hold", of.RIVALS, 16, FRESH),
+    "rivals": Experiment("Beside others that hold", of.RIVALS, 12, FRESH),
     "friend": Experiment("Which friend? The least reliable one with whom GRPO drifts", of.FRIENDS, 8, TUNING),
     "form": Experiment("Which form? The fewest changes that hold", of.FORMS, 8, TUNING),
     "taken": Experiment("Which of the nine changes matter? The hardest tuning seed", of.TAKEN_AWAY, 1, HARDEST),

@@ -73,6 +73,11 @@ def run(*arguments, **more) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(command.arguments, command.returncode, said, complained)
 
 
+def is_ours(place: Path) -> bool:
+    """A folder of this repository? Not its virtual environment, which README puts into it."""
+    return place.is_relative_to(ROOT) and "site-packages" not in place.parts
+
+
 def become(arguments: list[str], where: str, environment: dict[str, str], places: list[str]) -> None:
     """In the forked process: what `python ARGUMENTS` would be there."""
     for number, place in zip((1, 2), places, strict=True):
@@ -86,7 +91,7 @@ def become(arguments: list[str], where: str, environment: dict[str, str], places
     if arguments[0] == "-B":
         sys.dont_write_bytecode = True
         arguments = arguments[1:]
-    libraries = [place for place in sys.path if place and not Path(place).is_relative_to(ROOT)]
+    libraries = [place for place in sys.path if place and not is_ours(Path(place))]
     if arguments[0] == "-m":
         sys.argv[:], sys.path[:] = arguments[1:], [where, *libraries]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

@@ -4,7 +4,9 @@ import ast
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
+import processes
 import pytest
 from conftest import ROOT
 
@@ -161,3 +163,9 @@ def test_the_papers_settings_run_the_papers_lines(tmp_path):
     assert len(functions) > 30
     assert functions - set(entered) == set()
     assert len(deepest["CLIPO.step"]) <= 4 and len(deepest["generate"]) <= 2, deepest
+
+
+def test_a_virtual_environment_in_the_repository_is_not_ours():
+    """README puts it there; a test's forked command must find its packages."""
+    packages = ROOT / ".venv" / "lib" / "python3.11" / "site-packages"
+    assert [processes.is_ours(place) for place in (ROOT, ROOT / "tests", packages, Path("/usr/lib"))] == [1, 1, 0, 0]

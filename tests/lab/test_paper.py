@@ -169,10 +169,12 @@ def test_no_run_begins_that_would_not_end_in_time(tmp_path, monkeypatch):
 
 
 def test_step_by_step_by_hand():
-    line = {"arms": {"ours": {name: [float(i) for i in range(8)] for name in
-                              ("push_by_step", "gap_by_step", "loss_by_step")}}}  # fmt: skip
-    push = tables.by_step(line)[1]
-    assert push.splitlines()[-1] == "| ours | 0.00 | 1.00 | 2.00 | 3.00 | 1.50 | 5.50 |"
+    steps = {name: [float(i) for i in range(8)] for name in ("push_by_step", "gap_by_step", "loss_by_step")}
+    steps["gap_by_step"][5] = None  # a step without a group that has both
+    parts = tables.by_step({"arms": {"ours": steps | {"copied": 0.5, "calculated": -0.25}}})
+    assert parts[1].splitlines()[-1] == "| ours | +0.75 |"
+    assert parts[3].splitlines()[-1] == "| ours | 0.00 | 1.00 | 2.00 | 3.00 | 1.50 | 5.50 |"
+    assert parts[5].splitlines()[-1] == "| ours | 0.00 | 1.00 | 2.00 | 3.00 | 1.50 | 5.67 |"
 
 
 def test_dots_of_equal_seeds_stand_beside_each_other():
