@@ -59,6 +59,7 @@ class Experiment:
     seeds: int = 4
     first: int = 32
     figure: Callable[[Lines, Path], None] | None = None
+    without: tuple[int, ...] = ()  # seeds of these that were not run
 
 
 TUNING, FRESH, OLD = 1000, 32, 16  # first seeds: to choose on; run once; reported of the world before
@@ -70,7 +71,7 @@ EXPERIMENTS = {  # the most important first: `all` may be stopped
     "surfaces-sound": Experiment("The same, with more sound demonstrations", of.SURFACES_SOUND),
     "dial": Experiment("Where does CLIPO fail? By friend and by mis-taught sums", of.DIAL, 4, FRESH, dial_figure),
     "alone": Experiment("Without a useful friend: are more answers right?", of.NO_FRIEND, 4, FRESH),
-    "rivals": Experiment("Beside others that hold", of.RIVALS, 12, FRESH),
+    "rivals": Experiment("Beside others that hold", of.RIVALS, 12, FRESH, without=(36, 37, 38, 39)),
     "friend": Experiment("Which friend? The least reliable one with whom GRPO drifts", of.FRIENDS, 8, TUNING),
     "form": Experiment("Which form? The fewest changes that hold", of.FORMS, 8, TUNING),
     "taken": Experiment("Which of the nine changes matter? The hardest tuning seed", of.TAKEN_AWAY, 1, HARDEST),
@@ -119,9 +120,11 @@ STEP_BY_STEP = {  # frozen policies whose heads are watched as they learn: title
 }
 
 
-def seeds_of(experiment: Experiment, seeds: int | None) -> range:
-    """Its own number of seeds, or another."""
-    return range(experiment.first, experiment.first + (seeds or experiment.seeds))
+def seeds_of(experiment: Experiment, seeds: int | None) -> list[int]:
+    """Its own seeds, or another number of them."""
+    if seeds:
+        return list(range(experiment.first, experiment.first + seeds))
+    return [experiment.first + n for n in range(experiment.seeds) if experiment.first + n not in experiment.without]
 
 
 def wanted(name: str, seeds: int | None, steps: int | None) -> list[Run]:
