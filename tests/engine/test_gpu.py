@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import CONFIGS, PROMPTS, make_model
 from test_batch import assert_same, roll_out
+from test_compiled import FAMILIES
 from test_safety import TINY_RUN
 from test_step import ANSWERS, SMALL, TOKENIZER, even, step
 
@@ -62,9 +63,11 @@ def captures(monkeypatch):
 
 
 @needs_gpu
-def test_compiled_steps_equal_the_cpus_and_are_captured(qwen2, captures):
-    expected = roll_out(qwen2, max_new_tokens=40)
-    got = roll_out(copy.deepcopy(qwen2).cuda(), max_new_tokens=40, max_batch=7, compiled=True, cuda_graphs=True)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_compiled_steps_equal_the_cpus_and_are_captured(captures, name):
+    model = make_model(FAMILIES[name])
+    expected = roll_out(model, max_new_tokens=40)
+    got = roll_out(copy.deepcopy(model).cuda(), max_new_tokens=40, max_batch=7, compiled=True, cuda_graphs=True)
     assert_same(on_cpu(got), expected)
     assert captures and all(rows > 1 for rows, _ in captures)
 
