@@ -319,12 +319,10 @@ class Workspace:
         self.batch.advance(token, ended=(token[:, None] == self.stop).any(-1))
 
     def roll_out(self, prompts: Sequence[Sequence[int]], group: Tensor, uniform: Tensor) -> Rollouts:
-        """Rollouts of the model as it is now: group (count,) long, uniform (count, max_new_tokens)."""
+        """One for each of group (count,) long; uniform (count, max_new_tokens)."""
         self.batch.begin(prompts, group)
         self.written.clear(pad=self.chosen.stop[0])
         self.uniform[:-1] = uniform
-        if self.compiled:
-            self.compiled.refresh(self.model)
         while self.batch.refill(self.model):  # prefill
             used = self.batch.reach()
             for _ in range(min(self.pace.steps, self.chosen.max_new_tokens)):  # decode, sample, stop
@@ -381,6 +379,8 @@ def generate(
     if workspace is None or workspace.model is not model or workspace.chosen != chosen:
         workspace = None  # its memory is free before the next one's is taken
         workspace = Workspace(model, chosen)
+    else:  # only compiled steps are kept
+        workspace.compiled.refresh(model)
     with serving(model):
         rollouts = workspace.roll_out(prompts, group, uniform)
     if keeps:

@@ -254,22 +254,7 @@ def test_train_compiles_by_name_and_samples_the_same(as_written, tmp_path):
 
 
 def test_with_the_plain_engine_it_is_said_that_nothing_is_compiled(tmp_path, capsys):
-    options = [
-        *TINY_RUN,
-        "--engine",
-        "plain",
-        "--steps",
-        "2",
-        "--device",
-        "cpu",
-        "--compile",
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    options = [*TINY_RUN, *"--engine plain --steps 2 --device cpu --compile --out".split(), str(tmp_path / "run")]
     assert train.main(options) == 0
-    assert (
-        capsys.readouterr().out.count(
-            "--compile, --keep-captures: the plain engine compiles and keeps nothing; --engine fast does\n"
-        )
-        == 1
-    )
+    said = "--compile, --keep-captures: the plain engine compiles and keeps nothing; --engine fast does\n"
+    assert capsys.readouterr().out.count(said) == 1

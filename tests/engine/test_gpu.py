@@ -109,6 +109,7 @@ def test_a_gpus_cache_and_its_used_part_are_multiples_of_16(qwen2, monkeypatch):
     monkeypatch.setitem(fast.PACE, "cpu", fast.PACE["cuda"])
     assert_same(roll_out(qwen2), expected)
     assert seen and all(number % 16 == 0 for numbers in seen for number in numbers)
+    assert {slots for slots, _ in seen} == {forward.round_up(max(map(len, PROMPTS)) + 24, 16)}  # no more than it takes
 
 
 def test_cudnn_does_not_attend(qwen2):
