@@ -194,10 +194,20 @@ TAKEN_AWAY = ENDS | {
 }
 HELPS = {  # at which friend does each begin to drift?
     f"{name}, friend {rate}": Arm(
-        config, None if name == "GRPO" else f"GRPO, friend {rate}", friend(rate), ceiling=None, doubled=0
+        config,
+        None if name == "GRPO" else f"GRPO, friend {rate}",
+        friend(rate),
+        ceiling=None,
+        doubled=int(rate == 0.9),  # the usual world: on to 120 steps, as in Track I
     )
-    for rate in (0.6, 0.7, 0.8)
-    for name, config in (("GRPO", WITHOUT), ("paper's constants", PAPER), ("CLIPO", {}))
+    for rate in (0.6, 0.7, 0.8, 0.9)
+    for name, config in {
+        "GRPO": WITHOUT,
+        "paper's constants": PAPER,
+        "paper's, shuffled": PAPER | SHUFFLED,
+        "three changes": THREE,
+        "CLIPO": {},
+    }.items()
 }
 ALONE = dict(world={"friend_right": (0.025,) * 5}, batches=300)  # right by chance, 1 in 41; a weaker start
 NO_FRIEND = {  # the paper's own question: are more answers right?
