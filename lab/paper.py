@@ -36,17 +36,15 @@ from lab.figures import LOOKS, dial_figure, phase_figure, push_figure, temperatu
 from lab.provenance import ROOT, markdown
 from lab.runs import PRETRAINED, Run, all_settings, known_runs, make
 from lab.tables import (
-    STEPS,
     Lines,
     by_step,
-    comparison,
-    counts_table,
-    dial_table,
-    early_stopping,
+    compared,
+    counted_and_compared,
+    each_in_its_world,
     frozen_tables,
-    levels_table,
     provenance,
     track1_json,
+    track1_tables,
 )
 from run import points
 from tasks.toy import World
@@ -59,23 +57,33 @@ class Experiment:
     seeds: int = 4
     first: int = 32
     figure: Callable[[Lines, Path], None] | None = None
-    without: tuple[int, ...] = ()  # seeds of these that were not run
+    tables: Callable[[dict[str, Arm], Lines], list[str]] = compared
 
 
 TUNING, FRESH, OLD = 1000, 32, 16  # first seeds: to choose on; run once; reported of the world before
 HARDEST = 1002  # of the tuning seeds: on which three changes fail
 EXPERIMENTS = {  # the most important first: `all` may be stopped
-    "track1": Experiment("Track I in miniature", of.TRACK1, 16, FRESH, track1_figure),
-    "long": Experiment("Four times as many steps", of.LONG, 4, FRESH),
-    "surfaces": Experiment("Steps in three forms: is learnt agreement worth more than equal texts?", of.SURFACES),
-    "surfaces-sound": Experiment("The same, with more sound demonstrations", of.SURFACES_SOUND),
-    "dial": Experiment("Where does CLIPO fail? By friend and by mis-taught sums", of.DIAL, 4, FRESH, dial_figure),
-    "alone": Experiment("Without a useful friend: are more answers right?", of.NO_FRIEND, 8, FRESH),
-    "rivals": Experiment("Beside others that hold", of.RIVALS, 16, FRESH),
+    "track1": Experiment("Track I in miniature", of.TRACK1, 16, FRESH, track1_figure, track1_tables),
+    "long": Experiment("Four times as many steps", of.LONG, tables=counted_and_compared),
+    "surfaces": Experiment(
+        "Steps in three forms: is learnt agreement worth more than equal texts?",
+        of.SURFACES,
+        tables=counted_and_compared,
+    ),
+    "surfaces-sound": Experiment(
+        "The same, with more sound demonstrations", of.SURFACES_SOUND, tables=counted_and_compared
+    ),
+    "dial": Experiment(
+        "Where does CLIPO fail? By friend and by mis-taught sums", of.DIAL, 4, FRESH, dial_figure, each_in_its_world
+    ),
+    "alone": Experiment(
+        "Without a useful friend: are more answers right?", of.NO_FRIEND, 8, tables=counted_and_compared
+    ),
+    "rivals": Experiment("Beside others that hold", of.RIVALS, 16, tables=counted_and_compared),
     "friend": Experiment("Which friend? The least reliable one with whom GRPO drifts", of.FRIENDS, 8, TUNING),
     "form": Experiment("Which form? The fewest changes that hold", of.FORMS, 8, TUNING),
     "taken": Experiment("Which of the nine changes matter? The hardest tuning seed", of.TAKEN_AWAY, 1, HARDEST),
-    "helps": Experiment("When do the paper's constants help? By friend", of.HELPS, 6, FRESH),
+    "helps": Experiment("When do the paper's constants help? By friend", of.HELPS, 6, tables=each_in_its_world),
     "phase": Experiment("When does it help? The world's two dials", of.before(of.PHASE), 1, OLD, phase_figure),
     "ladder": Experiment("From the paper's constants to nine changes", of.before(of.LADDER), 2, OLD),
     "baselines": Experiment("Policy losses, each with and without CLIPO", of.before(of.BASELINES), 1, OLD),
@@ -122,9 +130,7 @@ STEP_BY_STEP = {  # frozen policies whose heads are watched as they learn: title
 
 def seeds_of(experiment: Experiment, seeds: int | None) -> list[int]:
     """Its own seeds, or another number of them."""
-    if seeds:
-        return list(range(experiment.first, experiment.first + seeds))
-    return [experiment.first + n for n in range(experiment.seeds) if experiment.first + n not in experiment.without]
+    return list(range(experiment.first, experiment.first + (seeds or experiment.seeds)))
 
 
 def wanted(name: str, seeds: int | None, steps: int | None) -> list[Run]:
@@ -142,33 +148,29 @@ def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps:
     }
     used = {id(line): line for part in lines.values() for line in part}.values()
     others = [arm.run(seed, steps) for arm in of.TRACK1.values() for seed in seeds_of(experiment, seeds)]
-    shared = [known.get(run.key) for run in others] if name != "track1" else []
+    shared = [known.get(run.key) for run in others] if experiment.arms is not of.TRACK1 else []
     if all(any(line is other for other in shared) for line in used):  # none of its own
         return False
     expected, arms = len(seeds_of(experiment, seeds)), experiment.arms
     missing = [f"{arm} ({len(part)} of {expected} seeds)" for arm, part in lines.items() if len(part) < expected]
-    starts = [{arm.run(seed, steps).start.key for arm in arms.values()} for seed in seeds_of(experiment, seeds)]
-    if all(len(keys) == 1 for keys in starts):  # all arms of a seed begin with the same model
-        arms = {"warm start": Arm(against=None), **arms}
-        lines["warm start"] = [known[key] for (key,) in starts if key in known]
-    elif name == "dial":  # each arm has a start of its own
-        for arm, spec in experiment.arms.items():
-            runs = [spec.run(seed, steps).start for seed in seeds_of(experiment, seeds)]
-            lines[f"start, {arm}"] = [known[run.key] for run in runs if run.key in known]
+    starts = {
+        arm: [spec.run(seed, steps).start.key for seed in seeds_of(experiment, seeds)] for arm, spec in arms.items()
+    }
+    first, *rest = starts.values()
+    if all(keys == first for keys in rest):  # all arms of a seed begin with the same model
+        arms, starts = {"warm start": Arm(against=None), **arms}, {"warm start": first}
+    else:
+        starts = {f"start, {arm}": keys for arm, keys in starts.items()}
+    lines |= {arm: [known[key] for key in keys if key in known] for arm, keys in starts.items()}
     parts = [f"# {experiment.title}", provenance(name, list(used))]
     if experiment.first == OLD:
         parts.append("Made in the third world (docs/worlds.md), in the present form, with the code of then.")
     if missing:
         parts.append(f"Not complete yet: {', '.join(missing)}.")
-    if name in ("track1", "rivals", "long", "surfaces", "surfaces-sound", "alone") and all(lines.values()):
-        parts += ['Right answers to "P0, friend wrong"; held: no more than ten points below the start.']
-        parts.append(counts_table(arms, lines))
-    parts.append(dial_table(lines) if name == "dial" else comparison(arms, lines))
-    if experiment.figure and all(lines.values()):
+    parts += experiment.tables(arms, lines)
+    if not missing and experiment.figure:
         experiment.figure(lines, out / f"{name}.png")
-    if name == "track1" and all(lines.values()):
-        parts += [early_stopping(lines), f"Means over seeds after {STEPS} / {2 * STEPS} steps:"]
-        parts.append(levels_table(arms, lines))
+    if not missing and experiment.arms is of.TRACK1:
         (out / "track1.json").write_text(json.dumps(track1_json(lines), indent=1) + "\n", encoding="utf-8")
     (out / f"{name}.md").write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
     return True

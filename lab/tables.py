@@ -159,17 +159,23 @@ def counts_table(arms: dict[str, Arm], lines: Lines) -> str:
     return markdown([counted(arm, lines, how) for arm, how in [("warm start", ""), *times]])
 
 
-def dial_table(lines: Lines) -> str:
-    """Worlds whose starts differ: what CLIPO holds in each, on "P0, friend wrong", after 60 and after 120 steps."""
+def worlds_table(arms: dict[str, Arm], lines: Lines) -> str:
+    """Arms whose starts differ, each beside its own: right answers to "P0, friend wrong", after 60 and 120 steps."""
     rows = []
-    for world in [arm for arm in lines if f"start, {arm}" in lines]:
-        mine, starts = lines[world], {line["seed"]: line for line in lines[f"start, {world}"]}
-        row = {"world": world, "right at the start": percent([lied_to(line) for line in starts.values()])}
+    for arm, spec in arms.items():
+        mine, starts = lines[arm], {line["seed"]: line for line in lines[f"start, {arm}"]}
+        if not mine:
+            continue
+        row = {"arm": arm, "right at the start": percent([lied_to(starts[line["seed"]]) for line in mine])}
         for steps, how in zip((STEPS, 2 * STEPS), TIMES.values(), strict=True):
-            held = sum(is_held(line, starts, how) for line in mine)
-            row[f"held, {steps} steps"] = f"{held} of {len(mine)}"
-            row[f"right, {steps}"] = percent([lied_to(line, how) for line in mine])
-            row[f"patched, {steps}"] = percent(shares(mine, "liar", "patched", how))
+            if how in mine[0]:
+                held = sum(is_held(line, starts, how) for line in mine)
+                row[f"held, {steps} steps"] = f"{held} of {len(mine)}"
+                row[f"right, {steps}"] = percent([lied_to(line, how) for line in mine])
+                row[f"patched, {steps}"] = percent(shares(mine, "liar", "patched", how))
+                row[f"sampled sound, {steps}"] = percent(shares(mine, "sampled", "process", how))
+                if spec.against:
+                    row[f"difference, {steps}"] = interval(differences(lines, arm, spec.against, "liar", "answer", how))
         rows.append(row)
     return markdown(rows)
 
@@ -201,7 +207,7 @@ def comparison(arms: dict[str, Arm], lines: Lines) -> str:
     the least possible, and the share of groups without an anchor. push: the mean advantage of sound responses less that
     of right but unsound ones, in the first ten steps.
     """
-    rows, lied = [], all("liar" in line["greedy"] for part in lines.values() for line in part)
+    rows, lied = [], all("liar" in line["greedy"] for arm in arms for line in lines[arm])
     level = "liar" if lied else "P2"
     for arm, spec in arms.items():
         if not lines[arm]:
@@ -249,6 +255,59 @@ def levels_table(arms: dict[str, Arm], lines: Lines) -> str:
                     row[arm] = " / ".join("none" if mean is None else f"{100 * mean:.0f}" for mean in means)
             rows.append(row)
     return markdown(rows)
+
+
+def each_seed(lines: Lines) -> str:
+    """CLIPO, start by start: what it ends with, and what is paid while it is trained."""
+
+    def known(values: Sequence[float | None]) -> list[float]:
+        return [value for value in values if value is not None]
+
+    rows = []
+    for start, line in zip(lines["warm start"], lines["CLIPO"], strict=True):
+        found, times = line["history"], [slice(k * STEPS + STEPS - 10, (k + 1) * STEPS) for k in range(2)]
+        lucky = [1 - np.mean(known(found["sound_share"][steps])) for steps in (EARLY, *times)]
+        rows.append({
+            "seed": line["seed"],
+            "right: start": f"{100 * lied_to(start):.0f}",
+            f"{STEPS}, {2 * STEPS} steps": ", ".join(f"{100 * lied_to(line, how):.0f}" for how in TIMES.values()),
+            "patched": ", ".join(f"{100 * share(line, 'liar', 'patched', how):.0f}" for how in TIMES.values()),
+            "unsound, of the right: steps 1 to 10, 51 to 60, 111 to 120": ", ".join(f"{100 * x:.0f}" for x in lucky),
+            "their advantage: steps 1 to 10, 11 to 30": ", ".join(
+                f"{np.mean(known(found['push_unsound'][steps])):.2f}" for steps in (EARLY, slice(10, 30))
+            ),
+        })  # fmt: skip
+    return markdown(rows)
+
+
+def compared(arms: dict[str, Arm], lines: Lines) -> list[str]:
+    return [comparison(arms, lines)]
+
+
+def counted_and_compared(arms: dict[str, Arm], lines: Lines) -> list[str]:
+    """Once every arm was run: first how many starts each holds."""
+    if not all(lines.values()):
+        return compared(arms, lines)
+    title = 'Right answers to "P0, friend wrong"; held: no more than ten points below the start.'
+    return [title, counts_table(arms, lines), comparison(arms, lines)]
+
+
+def track1_tables(arms: dict[str, Arm], lines: Lines) -> list[str]:
+    parts = counted_and_compared(arms, lines)
+    if all(lines.values()):
+        parts += [early_stopping(lines), f"Means over seeds after {STEPS} / {2 * STEPS} steps:"]
+        parts.append(levels_table(arms, lines))
+        parts += [
+            "CLIPO, seed by seed: right and patched answers where the friend is wrong; what is sampled in training:",
+            each_seed(lines),
+        ]
+    return parts
+
+
+def each_in_its_world(arms: dict[str, Arm], lines: Lines) -> list[str]:
+    """Arms whose starts differ: first how many each holds."""
+    title = 'Right answers to "P0, friend wrong"; held: no more than ten points below the arm\'s own start.'
+    return [title, worlds_table(arms, lines), comparison(arms, lines)]
 
 
 def track1_json(lines: Lines) -> dict:

@@ -124,6 +124,27 @@ def test_a_start_is_held_that_loses_no_more_than_ten_points():
     assert tables.counts_table(dict.fromkeys(lines), lines).count("\n") == 1 + 1 + 2 * 3
 
 
+def test_arms_whose_starts_differ_stand_each_beside_its_own():
+    lines = {"start, GRPO": [measured(0, 80), measured(1, 70)], "start, CLIPO": [measured(1, 40), measured(0, 50)]}
+    lines |= {"GRPO": [measured(0, 70, 20), measured(1, 59, 10)], "CLIPO": [measured(0, 60, 30)]}
+    worlds = {"GRPO": arms.Arm(against=None), "CLIPO": arms.Arm()}
+    ours = "50 (50) | 1 of 1 | 60 (60) | 5 (5) | 30 (30) | 1 of 1 | 60 (60) | 5 (5) | 30 (30) | -10 | -10"
+    first, *rest = tables.worlds_table(worlds, lines).splitlines()[2:]
+    assert first.startswith("| GRPO | 75 (80, 70) | 1 of 2 | 64 (70, 59) | 5 (5, 5) | 15 (20, 10) | 1 of 2 |")
+    assert rest == [f"| CLIPO | {ours} |"]
+    lines["CLIPO"] = []
+    assert len(tables.worlds_table(worlds, lines).splitlines()) == 3
+
+
+def test_clipo_start_by_start():
+    run = measured(7, 64) | {
+        "history": {"sound_share": [0.5] * 10 + [None] * 40 + [0.75] * 10 + [0.0] * 50 + [1.0] * 10,
+                    "push_unsound": [-0.25] * 10 + [None, *[0.5] * 19] + [9.0] * 90},
+    }  # fmt: skip
+    row = tables.each_seed({"warm start": [measured(7, 80)], "CLIPO": [run]}).splitlines()[2]
+    assert row == "| 7 | 80 | 64, 64 | 5, 5 | 50, 25, 0 | -0.25, 0.50 |"
+
+
 def test_grpo_is_stopped_where_most_of_its_responses_are_sound():
     def line(process):
         return {"seed": 0, "history": {"process": process}}
