@@ -180,6 +180,7 @@ FORMS = ENDS | {
     "nine changes": CLIPO,
     "nine changes, head warm-up 10": Arm(LONGER),
     "nine changes, but InfoNCE": Arm({"contrastive_kind": "infonce"}),
+    "nine changes, but the paper's anchors": Arm(trainer="paper's anchors"),
 }
 TAKEN_AWAY = ENDS | {
     "nine changes": CLIPO,

@@ -4,6 +4,7 @@
     same steps        agreement counted on the text: the share of the other right answers with the same steps
     similar text      agreement counted on the text: the mean similarity to the other right answers
     frozen start      agreement in the mean hidden states of the frozen starting policy, without a head: nothing learns
+    paper's anchors   the usual ones, but none in a group without a wrong answer: the paper's rule
 
 The two on texts pay between the floor and the ceiling of the contrastive reward, so that the rewards are of one size.
 """
@@ -17,7 +18,7 @@ from difflib import SequenceMatcher
 import torch
 from torch import Tensor, nn
 
-from clipo import Sampled
+from clipo import Pairs, Sampled
 from config import CLIPOConfig
 from engine.guard import Trainer
 from tasks.toy import Story, ToyTask, is_sound
@@ -127,12 +128,27 @@ def frozen_states(model, prompt: Sequence[int], tokens: Tensor, mask: Tensor) ->
     return torch.where(fed.any(1, keepdim=True), mean, states[:, len(prompt) - 1]).float()
 
 
+class PapersAnchors(Trainer):
+    """No anchor where all are right, though the wrong answers of other questions could be its negatives."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        usual = self.parts.pairs
+
+        def in_mixed_groups(correct: Tensor, generator: torch.Generator | None = None) -> Pairs:
+            pairs, mixed = usual(correct, generator), ~correct.all(-1)
+            return pairs._replace(negative=pairs.negative & mixed[:, None, None])
+
+        self.parts = replace(self.parts, pairs=in_mixed_groups)
+
+
 TRAINERS: dict[str, type[Trainer]] = {
     "": Trainer,
     "oracle": Trainer,
     "same steps": SameSteps,
     "similar text": SimilarText,
     "frozen start": FrozenStart,
+    "paper's anchors": PapersAnchors,
 }
 
 

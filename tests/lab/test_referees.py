@@ -67,6 +67,14 @@ def test_the_frozen_start_pays_by_its_own_states_and_learns_nothing(started):
     torch.testing.assert_close(z, torch.nn.functional.normalize(centred, dim=-1))
 
 
+def test_the_papers_anchors_have_a_wrong_answer_in_their_group(started):
+    correct = torch.tensor([[True, True, True, True], [True, True, False, False]])
+    usual, papers = (a_trainer(kind, started)[0].parts.pairs(correct) for kind in ("", "paper's anchors"))
+    assert usual.anchor.tolist() == correct.tolist()
+    assert papers.anchor.tolist() == [[False] * 4, [True, True, False, False]]
+    assert torch.equal(papers.positive, usual.positive) and torch.equal(papers.negative[1], usual.negative[1])
+
+
 def test_without_a_frozen_start_there_is_nothing_to_agree_in(started):
     with pytest.raises(ValueError, match=r"beta is 0\.0, so that no frozen start is kept"):
         a_trainer("frozen start", started, beta=0.0)
