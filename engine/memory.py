@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from border import OptionParser, UserError, in_short, status_of
 from config import TRACKS, CLIPOConfig, add_options, config_from
+from engine.compiled import why_not
 from engine.forward import round_up
 from engine.rollouts import pace_on
 from engine.update import LOGITS_AT_ONCE
@@ -49,70 +50,92 @@ class Plan:
         return "\n".join(lines)
 
 
+class Shape:
+    """What of a model decides its memory; in numbers, not bytes."""
+
+    def __init__(self, model: nn.Module):
+        config, heads = model.config, model.config.num_attention_heads
+        self.width, self.words, self.layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
+        self.feed_forward = getattr(config, "intermediate_size", None) or 4 * self.width
+        head_width = getattr(config, "head_dim", None) or self.width // heads
+        self.keys = head_width * (getattr(config, "num_key_value_heads", None) or heads)  # all key heads' width
+        self.weights = sum(p.numel() for p in model.parameters())
+        self.matrices = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+
+
 def memory_plan(model: nn.Module, config: CLIPOConfig, longest_prompt: int, bfloat16: bool) -> Plan:
     """The memory that training `model` with `config` takes, if all prompts and rollouts are as long as they may be.
 
     model: a causal LM of the Llama family (gated feed-forward; for others the activations are a guess). It may be on
     the device "meta", with a shape but no weights. bfloat16: are matrix products computed in it?
     """
-    shape, product = model.config, 2 if bfloat16 else 4  # bytes of a number that a matrix product made
-    D, V, layers = shape.hidden_size, shape.vocab_size, shape.num_hidden_layers
-    FF = getattr(shape, "intermediate_size", None) or 4 * D
-    head_width = getattr(shape, "head_dim", None) or D // shape.num_attention_heads
-    KV = head_width * (getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads)  # all key heads' width
-    weights = sum(p.numel() for p in model.parameters())
-    matrices = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
-    copies = 2 * matrices if bfloat16 else 0  # made by autocast, for as long as a phase lasts
-    B, T = config.prompts_per_step * config.samples_per_prompt, config.max_new_tokens
-    head = D * config.d_embed + (D * D if config.head_mlp else 0)
-
-    plan = Plan()
-    plan.lasting = {"weights": 4 * weights, "optimiser": 8 * weights + 12 * head}
+    shape, product = Shape(model), 2 if bfloat16 else 4  # bytes of a number that a matrix product made
+    head = shape.width * (config.d_embed + shape.width * config.head_mlp)
+    lasting = {"weights": 4 * shape.weights, "optimiser": 8 * shape.weights + 12 * head}
     if config.beta > 0:
-        plan.lasting["reference"] = product * weights
-    plan.lasting["last step's rollouts"] = 13 * B * T  # a token's id, log-prob and mask
+        lasting["reference"] = product * shape.weights
+    count = config.prompts_per_step * config.samples_per_prompt * config.max_new_tokens
+    lasting["last step's rollouts"] = 13 * count  # a token's id, log-prob and mask
+    kept, rollouts = plan_rollouts(model, shape, config, longest_prompt, product)
+    return Plan(lasting | kept, rollouts, plan_update(shape, config, longest_prompt, product))
 
-    rows, slots = min(B, config.max_batch), longest_prompt + T
+
+def plan_rollouts(model, shape: Shape, config: CLIPOConfig, longest_prompt: int, product: int) -> tuple[dict, dict]:
+    """What rollouts leave for the next ones, and what they need beside."""
+    B, T = config.prompts_per_step * config.samples_per_prompt, config.max_new_tokens
+    rows, slots, device = min(B, config.max_batch), longest_prompt + T, device_of(model)
     prompts = math.ceil(rows / config.samples_per_prompt) * longest_prompt  # tokens of a prefill
-    compiles = config.compiles(device := device_of(model))
+    compiles = config.compiles(device) and why_not(model) is None
     keeps = compiles and bool(config.keep_captures)
-    output = model.get_output_embeddings().weight.numel() if compiles and bfloat16 else 0
-    copy = {"copy for compiled steps": product * copied_numbers(model, bfloat16) if compiles else 0}
-    cached = rows * (round_up(slots, pace_on(device).bucket) if keeps else slots), prompts
-    cache, of_prefill = (product * 2 * layers * KV * tokens for tokens in cached)
-    decoding = rows * V * (8 + product)  # logits, probabilities and their sums
-    if keeps:
-        plan.lasting |= {**copy, "cache": cache, "logits": decoding}
-    plan.rollouts = {
-        "bfloat16 copy": copies - 2 * output,  # which compiled steps have themselves
-        **({"cache of a prefill": of_prefill} if keeps else {**copy, "cache": cache + of_prefill}),
-        "rollouts": 17 * B * T,  # with a random number for each token
-        # Prefill holds a layer's activations; decoding comes after it.
-        "activations, logits": max(prompts * (8 * D + 3 * product * FF), 0 if keeps else decoding),
+    cached = rows * (round_up(slots, pace_on(device).bucket) if keeps else slots)
+    cache, of_prefill = (product * 2 * shape.layers * shape.keys * tokens for tokens in (cached, prompts))
+    parts = {
+        "copy for compiled steps": product * copied_numbers(model, product == 2) if compiles else 0,
+        "cache": cache,
+        "logits": rows * shape.words * (8 + product),  # and probabilities and their sums
     }
+    copies = 2 * shape.matrices if product == 2 else 0  # made by autocast, for as long as a phase lasts
+    if compiles and product == 2:  # which compiled steps have themselves
+        copies -= 2 * model.get_output_embeddings().weight.numel()
+    filling = prompts * (8 * shape.width + 3 * product * shape.feed_forward)  # a layer's activations
+    needed = {"bfloat16 copy": copies, "cache of a prefill": of_prefill}
+    needed["rollouts"] = 17 * B * T  # with a random number for each token
+    if keeps:
+        return parts, needed | {"activations": filling}
+    decoding = parts.pop("logits")  # comes after the prefill
+    return {}, needed | parts | {"activations, logits": max(filling, decoding)}
 
+
+def plan_update(shape: Shape, config: CLIPOConfig, longest_prompt: int, product: int) -> dict:
+    """What a micro-batch holds where its backward pass needs most, and what goes with it."""
+    B, T = config.prompts_per_step * config.samples_per_prompt, config.max_new_tokens
     # Rows of one of several micro-batches: each with a prompt of its own, or so many that they share 16 prompts.
     several = min(16, config.prompts_per_step)
     alone = min(several, config.micro_batch_tokens // (T + longest_prompt))
     R = min(B, max(1, alone, (config.micro_batch_tokens - several * longest_prompt) // T))
     n, p = R * T, min(R, several) * longest_prompt  # its tokens, those of its prompts
     keys = n + R * longest_prompt  # prompt and response, for every row
-    of_responses, of_prompts = (layer_activations(*part, D, FF, product) for part in ((n, keys), (p, p)))
+    D, layers = shape.width, shape.layers
+    of_responses, of_prompts = (
+        layer_activations(*part, D, shape.feed_forward, product) for part in ((n, keys), (p, p))
+    )
     kept, kept_of_prompts = layers * of_responses, (layers - 1) * of_prompts  # of prompts nobody asks the last layer
     if config.recompute_activations:  # a layer's input; of prompts their keys and values too
-        kept, kept_of_prompts = layers * 4 * D * n, ((layers - 1) * 4 * D + layers * (4 + product) * KV) * p
-    chunk = min(n, max(1, LOGITS_AT_ONCE // V))
+        kept, kept_of_prompts = layers * 4 * D * n, ((layers - 1) * 4 * D + layers * (4 + product) * shape.keys) * p
+    chunk = min(n, max(1, LOGITS_AT_ONCE // shape.words))
     # The backward pass begins with all activations and the logits. When it has come to the prompts, those of the
     # responses are gone, but their gradients of all matrices wait for the prompts' to be added.
     mask = product * keys * T
-    begin = {"activations": kept + kept_of_prompts + 5 * 4 * D * n + mask, "logits": chunk * V * (16 + product)}
-    turn = {"activations": kept_of_prompts + of_responses + mask, "waiting gradients": product * matrices}
-    plan.update = {
-        "gradients": 4 * weights,
-        "bfloat16 copy": copies,
+    begin = {
+        "activations": kept + kept_of_prompts + 5 * 4 * D * n + mask,
+        "logits": chunk * shape.words * (16 + product),
+    }
+    turn = {"activations": kept_of_prompts + of_responses + mask, "waiting gradients": product * shape.matrices}
+    return {
+        "gradients": 4 * shape.weights,
+        "bfloat16 copy": 2 * shape.matrices if product == 2 else 0,
         **max(begin, turn, key=lambda parts: sum(parts.values())),
     }
-    return plan
 
 
 def device_bytes(device: torch.device) -> float:

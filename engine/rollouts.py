@@ -284,6 +284,7 @@ class Chosen(NamedTuple):
     cuda_graphs: bool | None
     compiled: bool
     dtype: torch.dtype  # of products
+    inference: bool  # torch.inference_mode: its tensors are no others' to write to
     addresses: tuple[int, ...]  # of the model's tensors
 
 
@@ -372,7 +373,7 @@ def generate(
     slots, rows = round_up(longest, bucket if keeps else min(bucket, 16)), min(count, max_batch or count)
     dtype = product_dtype(model.get_input_embeddings().weight)
     addresses = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
-    how = temperature, top_k, top_p, cuda_graphs, compiled, dtype, addresses
+    how = temperature, top_k, top_p, cuda_graphs, compiled, dtype, torch.is_inference_mode_enabled(), addresses
     chosen = Chosen(count, rows, slots, max_new_tokens, tuple(stop), *how)
     uniform = torch.rand(count, max_new_tokens, generator=generator).to(model.device)
     workspace = kept.pop() if kept else None

@@ -4,6 +4,7 @@ import copy
 import inspect
 import shutil
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,6 +112,14 @@ def test_tensors_that_were_replaced_are_read_anew_and_none_is_written_to(as_writ
     model.base_model.norm.weight.data.mul_(0.5)
     assert_equal(roll_out(fast.generate, model, compiled=True, kept=kept), roll_out(clipo.generate, model))
     assert all(map(torch.equal, before, values))
+
+
+def test_inference_mode_may_begin_and_end_between_calls(as_written):
+    model, kept = make_model(FAMILIES["qwen2"]), []
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            got = roll_out(fast.generate, model, compiled=True, kept=kept)
+            assert_equal(got, roll_out(clipo.generate, model))
 
 
 def test_a_number_that_was_none_is_not_kept(as_written):
@@ -241,6 +250,9 @@ def test_its_copy_of_the_weights_is_in_the_plan(as_written, bfloat16):
     assert plans[True, False].rollouts[name] == plans[True, True].lasting[name] == sum(w.nbytes for w in copied) > 0
     assert plans[False, False].rollouts[name] == 0 and plans[False, True] == plans[False, False]
     assert name not in plans[True, True].rollouts and plans[True, True].lasting["cache"] > 0
+    config = CLIPOConfig.for_track("toy", compile=True, keep_captures=True)
+    other = memory.memory_plan(make_model(CONFIGS["gpt2"]), config, 64, bfloat16)  # whose steps cannot be compiled
+    assert other == memory.memory_plan(make_model(CONFIGS["gpt2"]), replace(config, compile=False), 64, bfloat16)
 
 
 def test_train_compiles_by_name_and_samples_the_same(as_written, tmp_path):
