@@ -130,7 +130,7 @@ def all_parts(given: argparse.Namespace) -> dict[str, dict]:
     unseen = min(UNSEEN, len(rows) // 10 + 1)
     seen, held_out = rows[:-unseen], rows[-unseen:]
     make_start(given, seen, device)
-    if not (questions := out / "questions.jsonl").exists():
+    if not folder.read_lines(questions := out / "questions.jsonl"):
         choose(seen, given, here)
     folder.write_lines(out / "unseen.jsonl", held_out)
     for arm, changed in ARMS.items():

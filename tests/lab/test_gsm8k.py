@@ -100,6 +100,9 @@ def test_in_chunks_it_ends_in_the_same_bits(place, whole, tmp_path, capsys):
     for name in ("start", *gsm8k.ARMS):
         assert f"| {name} | " in table
         assert (out / name / "model.safetensors").read_bytes() == (whole / name / "model.safetensors").read_bytes()
+    (out / "questions.jsonl").write_text("")  # chosen anew
+    assert all_of_it(place, out, minutes=60) == 0
+    assert (out / "questions.jsonl").read_bytes() == (whole / "questions.jsonl").read_bytes()
 
 
 def test_the_start_learns_the_boxed_solutions(place):
