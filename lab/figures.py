@@ -19,7 +19,7 @@ LOOKS = {
     "oracle": {"color": "#009E73", "linestyle": ":", "marker": "D"},
     "paper's constants": {"color": "#8A4A73", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "v"},
 }
-OTHER = {"color": "0.55", "marker": "x"}
+OTHER = {"color": "0.55", "marker": "X"}
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # of what is no arm of its own
 
 
@@ -100,21 +100,22 @@ def track1_figure(lines: Lines, file: Path) -> None:
     save(figure, file.with_name(f"{file.stem}-process.png"))
 
 
-def push_figure(lines: Lines, file: Path) -> None:
-    """Where the first ten steps push, against where a run ends: every run of every table a dot."""
-    figure, axis = plot().subplots(figsize=(8, 5), layout="constrained")
-    for arm, part in lines.items():
+def push_figure(lines: dict[tuple[str, bool], list[dict]], file: Path) -> None:
+    """Where the first ten steps push, against where a run ends. lines: of an arm, in the usual world or in others."""
+    figure, axis = plot().subplots(figsize=(8, 6), layout="constrained")
+    for (arm, usual), part in sorted(lines.items(), key=lambda item: [*LOOKS, "others"].index(item[0][0])):
         if np.isnan(push(part)):  # the oracle's right responses are all sound
             continue
         look = {name: LOOKS[arm][name] for name in ("color", "marker")} if arm in LOOKS else OTHER
         axis.plot([push([line]) for line in part], [lied_to(line) for line in part], linestyle="", markersize=5,
-                  label=arm, alpha=0.8, **look)  # fmt: skip
+                  label=arm if usual else f"{arm}, in other worlds", alpha=0.8,
+                  fillstyle="full" if usual else "none", **look)  # fmt: skip
     axis.axvline(0, color="0.6", linewidth=0.8)
     axis.set(title="Where the first ten steps push, and where 60 steps end",
              xlabel="mean advantage of sound responses minus that of right but unsound ones, steps 1 to 10",
-             ylabel='right answers to "P0, friend wrong"', ylim=(-0.02, 1))  # fmt: skip
+             ylabel='right answers to "P0, friend wrong"', ylim=(-0.03, 1.03))  # fmt: skip
     axis.grid(alpha=0.3)
-    axis.legend()
+    figure.legend(loc="outside lower center", ncols=3)
     save(figure, file)
 
 

@@ -25,14 +25,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import tsne
 from border import OptionParser
 from lab import arms as of
 from lab.arms import Arm
-from lab.figures import LOOKS, dial_figure, phase_figure, push_figure, temperature_figure, track1_figure
+from lab.figures import dial_figure, phase_figure, push_figure, temperature_figure, track1_figure
 from lab.provenance import ROOT, markdown
 from lab.runs import PRETRAINED, Run, all_settings, known_runs, make
 from lab.tables import (
@@ -177,16 +177,19 @@ def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps:
 
 
 def draw_push(out: Path, known: dict[str, dict]) -> bool:
-    """One figure of all runs that have measured their push."""
-    lines: Lines = {}
-    for name in ("track1", "rivals", "form"):
-        experiment = EXPERIMENTS[name]
-        for arm, spec in experiment.arms.items():
-            part = [known[key] for seed in seeds_of(experiment, None) if (key := spec.run(seed).key) in known]
-            lines.setdefault(arm if arm in LOOKS else "others", []).extend(part)
-    lines = {arm: list({id(line): line for line in part}.values()) for arm, part in lines.items() if part}
+    """One figure of all runs that have measured their push and "P0, friend wrong": every run of every table a dot."""
+    named = {**of.TRACK1, "paper's constants": of.FORMS["paper's constants"]}
+    settings = {name: (arm.run(0).config, arm.trainer) for name, arm in named.items()}
+    lines: dict[tuple[str, bool], dict[str, dict]] = {}  # (arm, in the usual world?) -> its lines by their keys
+    for experiment in EXPERIMENTS.values():
+        for run in [spec.run(seed) for seed in seeds_of(experiment, None) for spec in experiment.arms.values()]:
+            line = known.get(run.key, {"greedy": {}})
+            if "liar" in line["greedy"] and "push_sound" in line["history"]:
+                kind = next((name for name in named if settings[name] == (run.config, run.trainer)), "others")
+                usual = run.start == of.GRPO.run(run.seed).start
+                lines.setdefault((kind, usual), {})[replace(run, doubled=0).key] = line  # each start once
     if lines:
-        push_figure(lines, out / "push.png")
+        push_figure({kind: list(part.values()) for kind, part in lines.items()}, out / "push.png")
     return bool(lines)
 
 

@@ -158,6 +158,18 @@ def test_the_push_of_the_first_ten_steps():
     assert tables.push([{"history": history, "doubled": 1}]) == pytest.approx(0.4)
 
 
+def test_the_push_figure_has_every_start_of_every_arm_once(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(paper, "push_figure", lambda lines, file: seen.update(lines))
+    assert paper.draw_push(tmp_path, runs.known_runs(ROOT / "results" / "runs.jsonl"))
+    dots = [json.dumps([line[name] for name in ("config", "trainer", "world", "seed", "batches")], sort_keys=True)
+            for part in seen.values() for line in part]  # fmt: skip
+    assert len(dots) == len(set(dots)) > 200
+    for arm in ("GRPO", "CLIPO"):
+        assert {line["seed"] for line in seen[arm, True]} == {*range(32, 48), *range(1000, 1008)}
+    assert all(line["world"]["forms"] == [1, 1, 1] for line in seen["others", False] if line["trainer"] == "same steps")
+
+
 def test_what_a_frozen_policys_head_is_paid_by_hand():
     frozen, right = runs.Frozen(), torch.tensor([[True, True, False, False]])
     pairs = clipo.draw_pairs(right)
