@@ -139,30 +139,30 @@ def wanted(name: str, seeds: int | None, steps: int | None) -> list[Run]:
     return [arm.run(seed, steps) for seed in seeds_of(experiment, seeds) for arm in experiment.arms.values()]
 
 
+def arms_and_lines(
+    experiment: Experiment, known: dict[str, dict], seeds: int | None, steps: int | None
+) -> tuple[dict[str, Arm], Lines]:
+    """What was run of each arm, and of what it begins with: a "warm start" that all share, or each its "start, ARM"."""
+    arms = experiment.arms
+    runs = {arm: [spec.run(seed, steps) for seed in seeds_of(experiment, seeds)] for arm, spec in arms.items()}
+    starts = {f"start, {arm}": [run.start for run in part] for arm, part in runs.items()}
+    first, *rest = starts.values()
+    if all(part == first for part in rest):
+        arms, starts = {"warm start": Arm(against=None), **arms}, {"warm start": first}
+    return arms, {arm: [known[run.key] for run in part if run.key in known] for arm, part in (runs | starts).items()}
+
+
 def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps: int | None) -> bool:
     """The table of an experiment, and its figure, from the lines that are there. False if there are none."""
     experiment = EXPERIMENTS[name]
-    lines: Lines = {
-        arm: [known[key] for seed in seeds_of(experiment, seeds) if (key := spec.run(seed, steps).key) in known]
-        for arm, spec in experiment.arms.items()
-    }
-    used = {id(line): line for part in lines.values() for line in part}.values()
-    others = [arm.run(seed, steps) for arm in of.TRACK1.values() for seed in seeds_of(experiment, seeds)]
-    shared = [known.get(run.key) for run in others] if experiment.arms is not of.TRACK1 else []
-    if all(any(line is other for other in shared) for line in used):  # none of its own
+    arms, lines = arms_and_lines(experiment, known, seeds, steps)
+    used = {id(line): line for arm in experiment.arms for line in lines[arm]}
+    others = arms_and_lines(EXPERIMENTS["track1"], known, seeds, steps)[1] if name != "track1" else {}
+    if not used.keys() - {id(line) for part in others.values() for line in part}:  # none of its own
         return False
-    expected, arms = len(seeds_of(experiment, seeds)), experiment.arms
-    missing = [f"{arm} ({len(part)} of {expected} seeds)" for arm, part in lines.items() if len(part) < expected]
-    starts = {
-        arm: [spec.run(seed, steps).start.key for seed in seeds_of(experiment, seeds)] for arm, spec in arms.items()
-    }
-    first, *rest = starts.values()
-    if all(keys == first for keys in rest):  # all arms of a seed begin with the same model
-        arms, starts = {"warm start": Arm(against=None), **arms}, {"warm start": first}
-    else:
-        starts = {f"start, {arm}": keys for arm, keys in starts.items()}
-    lines |= {arm: [known[key] for key in keys if key in known] for arm, keys in starts.items()}
-    parts = [f"# {experiment.title}", provenance(name, list(used))]
+    expected = len(seeds_of(experiment, seeds))
+    missing = [f"{arm} ({n} of {expected} seeds)" for arm in experiment.arms if (n := len(lines[arm])) < expected]
+    parts = [f"# {experiment.title}", provenance(name, list(used.values()))]
     if experiment.first == OLD:
         parts.append("Made in the third world (docs/worlds.md), in the present form, with the code of then.")
     if missing:
@@ -170,7 +170,7 @@ def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps:
     parts += experiment.tables(arms, lines)
     if not missing and experiment.figure:
         experiment.figure(lines, out / f"{name}.png")
-    if not missing and experiment.arms is of.TRACK1:
+    if not missing and name == "track1":
         (out / "track1.json").write_text(json.dumps(track1_json(lines), indent=1) + "\n", encoding="utf-8")
     (out / f"{name}.md").write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
     return True
