@@ -62,6 +62,10 @@ class Shape:
         self.weights = sum(p.numel() for p in model.parameters())
         self.matrices = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
 
+    def cast(self, product: int) -> int:
+        """Bytes of the matrices' copies that autocast makes, for as long as a phase lasts."""
+        return 2 * self.matrices if product == 2 else 0
+
 
 def memory_plan(model: nn.Module, config: CLIPOConfig, longest_prompt: int, bfloat16: bool) -> Plan:
     """The memory that training `model` with `config` takes, if all prompts and rollouts are as long as they may be.
@@ -94,7 +98,7 @@ def plan_rollouts(model, shape: Shape, config: CLIPOConfig, longest_prompt: int,
         "cache": cache,
         "logits": rows * shape.words * (8 + product),  # and probabilities and their sums
     }
-    copies = 2 * shape.matrices if product == 2 else 0  # made by autocast, for as long as a phase lasts
+    copies = shape.cast(product)
     if compiles and product == 2:  # which compiled steps have themselves
         copies -= 2 * model.get_output_embeddings().weight.numel()
     filling = prompts * (8 * shape.width + 3 * product * shape.feed_forward)  # a layer's activations
@@ -133,7 +137,7 @@ def plan_update(shape: Shape, config: CLIPOConfig, longest_prompt: int, product:
     turn = {"activations": kept_of_prompts + of_responses + mask, "waiting gradients": product * shape.matrices}
     return {
         "gradients": 4 * shape.weights,
-        "bfloat16 copy": 2 * shape.matrices if product == 2 else 0,
+        "bfloat16 copy": shape.cast(product),
         **max(begin, turn, key=lambda parts: sum(parts.values())),
     }
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from border import OptionParser, UserError
+from border import OptionParser, UserError, status_of
 from lab.provenance import markdown
 from run.folder import read_lines
 
@@ -43,6 +43,19 @@ def by_majority(groups: Sequence[dict]) -> dict:
     }
 
 
+def table(run: Path, window: int) -> str:
+    """A row for every so many steps of a run. Raises UserError."""
+    groups = read_lines(run / "rollouts.jsonl", GROUP)
+    if not groups:
+        raise UserError(f"{run} has no groups in a rollouts.jsonl; expected the folder of a run of train.py's")
+    windows: dict[int, list[dict]] = {}
+    for group in groups:
+        windows.setdefault((group["step"] - 1) // window, []).append(group)
+    return markdown([
+        {"steps": f"{k * window + 1} to {(k + 1) * window}", **by_majority(part)} for k, part in sorted(windows.items())
+    ])  # fmt: skip
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = OptionParser(
         prog="python -m lab.majority", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -52,20 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.window < 1:
         parser.error(f"--window is {given.window}; expected 1 or more")
-    try:
-        groups = read_lines(given.run / "rollouts.jsonl", GROUP)
-    except UserError as reason:
-        parser.error(str(reason))
-    if not groups:
-        parser.error(f"{given.run} has no groups in a rollouts.jsonl; expected the folder of a run of train.py's")
-    windows: dict[int, list[dict]] = {}
-    for group in groups:
-        windows.setdefault((group["step"] - 1) // given.window, []).append(group)
-    rows = []
-    for k, part in sorted(windows.items()):
-        rows.append({"steps": f"{k * given.window + 1} to {(k + 1) * given.window}", **by_majority(part)})
-    print(markdown(rows))
-    return 0
+    return status_of(lambda: print(table(given.run, given.window)))
 
 
 if __name__ == "__main__":

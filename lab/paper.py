@@ -132,9 +132,9 @@ STEP_BY_STEP = {  # frozen policies whose heads are watched as they learn: title
 }
 
 
-def seeds_of(experiment: Experiment, seeds: int | None) -> list[int]:
-    """Its own seeds, or another number of them."""
-    return list(range(experiment.first, experiment.first + (seeds or experiment.seeds)))
+def seeds_of(experiment: Experiment, seeds: int | None) -> range:
+    """Its own number of seeds, or another."""
+    return range(experiment.first, experiment.first + (seeds or experiment.seeds))
 
 
 def wanted(name: str, seeds: int | None, steps: int | None) -> list[Run]:
@@ -170,7 +170,7 @@ def draw(name: str, out: Path, known: dict[str, dict], seeds: int | None, steps:
     if experiment.first == OLD:
         parts.append("Made in the third world (docs/worlds.md), in the present form, with the code of then.")
     if missing:
-        parts.append(f"Not complete yet: {', '.join(missing)}.{experiment.note and ' ' + experiment.note}")
+        parts.append(f"Not complete yet: {', '.join(missing)}. {experiment.note}".strip())
     parts += experiment.tables(arms, lines)
     if not missing and experiment.figure:
         experiment.figure(lines, out / f"{name}.png")

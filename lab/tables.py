@@ -259,14 +259,10 @@ def levels_table(arms: dict[str, Arm], lines: Lines) -> str:
 
 def each_seed(lines: Lines) -> str:
     """CLIPO, start by start: what it ends with, and what is paid while it is trained."""
-
-    def known(values: Sequence[float | None]) -> list[float]:
-        return [value for value in values if value is not None]
-
-    rows = []
+    rows, last = [], [slice(end - 10, end) for end in (STEPS, 2 * STEPS)]
     for start, line in zip(lines["warm start"], lines["CLIPO"], strict=True):
-        found, times = line["history"], [slice(k * STEPS + STEPS - 10, (k + 1) * STEPS) for k in range(2)]
-        lucky = [1 - np.mean(known(found["sound_share"][steps])) for steps in (EARLY, *times)]
+        found = {name: np.array(line["history"][name], dtype=float) for name in ("sound_share", "push_unsound")}
+        lucky = [1 - np.nanmean(found["sound_share"][steps]) for steps in (EARLY, *last)]
         rows.append({
             "seed": line["seed"],
             "right: start": f"{100 * lied_to(start):.0f}",
@@ -274,7 +270,7 @@ def each_seed(lines: Lines) -> str:
             "patched": ", ".join(f"{100 * share(line, 'liar', 'patched', how):.0f}" for how in TIMES.values()),
             "unsound, of the right: steps 1 to 10, 51 to 60, 111 to 120": ", ".join(f"{100 * x:.0f}" for x in lucky),
             "their advantage: steps 1 to 10, 11 to 30": ", ".join(
-                f"{np.mean(known(found['push_unsound'][steps])):.2f}" for steps in (EARLY, slice(10, 30))
+                f"{np.nanmean(found['push_unsound'][steps]):.2f}" for steps in (EARLY, slice(10, 30))
             ),
         })  # fmt: skip
     return markdown(rows)
